@@ -1,0 +1,1 @@
+"""Facts as data: models, cards, precisions. Standard library and msgspec only."""
