@@ -1,0 +1,1 @@
+"""Decisions: estimate memory and speed, rank strategies, write a plan. No torch, no side effects."""

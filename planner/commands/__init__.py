@@ -1,0 +1,1 @@
+"""One module for each command: `run(args) -> exit code`. Imported only when its command is given."""

@@ -1,0 +1,47 @@
+"""`planner estimate MODEL`: one exact way to do a job, line by line."""
+
+from __future__ import annotations
+
+from argparse import Namespace
+from typing import Any
+
+import msgspec
+
+from planner import request
+from planner.energy import Cost, training_cost
+from planner.estimate import architecture_of, estimate
+from planner.ledger import with_measured
+from planner.render.output import print_json
+from planner.resolve import resolve
+from planner.strategies import resolve_strategy
+from planner.types import GOOD, Estimate
+
+
+def run(args: Namespace) -> int:
+    """Print the estimate. Exit 0 if it fits or is tight, else 1."""
+    job = request.workload(args)
+    pinned = request.wishes(args)
+    target = request.machine(args, args.gpu)
+    model = resolve(args.model, offline=args.offline)
+    how = resolve_strategy(architecture_of(model.profile), target, job, pinned)
+    answer = estimate(model.profile, target, job, how)
+    answer = with_measured(answer, request.remembered(args, model.profile.config, target), target, job, how)
+    if args.json:
+        print_json(as_json(answer, training_cost(target, job, how, answer.speed)))
+    else:
+        from planner.render.console import make_console
+        from planner.render.estimate import print_estimate
+
+        print_estimate(make_console(), answer, target, job, how)
+    return 0 if answer.verdict in GOOD else 1
+
+
+def as_json(answer: Estimate, cost: Cost | None) -> dict[str, Any]:
+    """The estimate as the contract prints it: disk as one figure beside its lines."""
+    fields: dict[str, Any] = {}
+    for name, value in msgspec.to_builtins(answer).items():
+        if name == "disk":
+            fields.update(disk_bytes=answer.disk.bytes, disk_components=value["components"])
+        else:
+            fields[name] = value
+    return fields if cost is None else {**fields, "training_cost": msgspec.to_builtins(cost)}

@@ -1,0 +1,344 @@
+"""The one estimator. check, plan, preflight and report all call `estimate`.
+
+Pure: a model's facts, a machine, a job and a strategy in; memory, speed and a verdict out. What does not
+depend on the card is cached, so the same job over a whole catalogue of cards costs little more than one
+estimate.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import lru_cache
+
+from msgspec.structs import replace
+
+from planner.errors import BadOption
+from planner.identity import identity_cache
+from planner.machine import budget
+from planner.memory.adapters import adapter_parameters
+from planner.memory.host import checkpoint_bytes, disk_space, host_memory
+from planner.memory.infer import inference_memory
+from planner.memory.moments import CardMemory
+from planner.memory.offload import assembled_bytes, offloaded_memory, passing_bytes
+from planner.memory.optimizer import OPTIMIZERS, StateBytes
+from planner.memory.overheads import context, cublas_workspace, slack
+from planner.memory.recurrent import is_followed
+from planner.memory.train import optimizer_state, training_memory
+from planner.memory.weights import WIDTH, WeightBytes, weight_bytes
+from planner.placement import (
+    Split,
+    balanced,
+    offload_map,
+    one_device,
+    resident_layers,
+    several_cards,
+    split_at,
+)
+from planner.speed import predict_speed
+from planner.strategies import INFER_SETTINGS, TRAIN_SETTINGS
+from planner.types import (
+    DiskEstimate,
+    Estimate,
+    Gpu,
+    GpuEstimate,
+    HostEstimate,
+    Machine,
+    ModelRef,
+    PlacementMap,
+    Stack,
+    Strategy,
+    Workload,
+)
+from planner.verdict import judge
+from profiles.architecture import architecture
+from profiles.arithmetic import parameter_count
+from profiles.schema import Architecture, Linear, ModelProfile
+
+CALIBRATED_STACK = Stack(torch="2.11", transformers="5.17", bitsandbytes="0.50", peft="0.21")
+"""The versions the model of memory was held against (benchmarks/)."""
+
+
+def estimate(
+    model: ModelProfile,
+    machine: Machine,
+    workload: Workload,
+    strategy: Strategy,
+    stack: Stack | None = None,
+) -> Estimate:
+    """Memory, speed and verdict of one way to do one job.
+
+    `machine.gpus` holds the cards of the job; none, or placement cpu, means the CPU alone. Errors:
+    `BadOption` for an optimizer nobody described, `BadConfig` for a config that describes no model.
+    """
+    arch = architecture_of(model)
+    work = normal(workload)
+    how = normal_strategy(strategy, work)
+    if how.placement == "cpu" or not machine.gpus:
+        gpus: tuple[GpuEstimate, ...] = ()
+        placement = one_device("cpu", arch)
+    elif how.placement in ("mixed_offload", "disk_offload"):
+        gpus, placement = _offloaded(arch, machine, work, how)
+    elif len(machine.gpus) > 1 and work.task == "infer":
+        gpus, placement = _spread(arch, machine, work, how)
+    else:
+        gpus = tuple(_card(gpu, _memory(arch, work, how, gpu), arch, work, how) for gpu in machine.gpus)
+        placement = one_device(0, arch)
+    parameters = model.parameters or count(arch)
+    host = _host(arch, machine, work, how, gpus, placement)
+    disk = _disk(arch, parameters, work, how, placement)
+    verdict, reasons = judge(machine, gpus, host, disk, how, work, placement)
+    if how.speculate == "draft" and verdict != "does_not_fit":
+        verdict, reasons = "unknown", ("the draft model's memory is not counted yet", *reasons)
+    if verdict != "does_not_fit" and not all(is_followed(layer.attention) for layer in arch.kinds):
+        verdict, reasons = "unknown", ("what its recurrent layers hold is not modelled yet", *reasons)
+    return Estimate(
+        model=ModelRef(model.id, model.parameters),
+        stack=stack or CALIBRATED_STACK,
+        gpus=gpus,
+        host=host,
+        disk=disk,
+        speed=predict_speed(arch, machine, workload, strategy, placement),
+        verdict=verdict,
+        reasons=reasons,
+        placement=placement,
+        defaulted=model.defaulted,
+    )
+
+
+# --------------------------------------------------------------------------- inputs
+
+
+def _architecture(model: ModelProfile) -> Architecture:
+    return architecture(model.config)
+
+
+architecture_of = identity_cache(_architecture)
+"""`architecture_of(model) -> Architecture`: the structure a profile describes, worked out once."""
+
+
+@lru_cache(maxsize=512)
+def count(arch: Architecture) -> int:
+    """Parameters by the architecture's own arithmetic."""
+    return parameter_count(arch)
+
+
+def normal(work: Workload) -> Workload:
+    """The job without what its task does not use, so that equal jobs share cached work."""
+    plain = Workload()
+    if work.task == "infer":
+        return Workload(
+            task="infer",
+            prompt_tokens=work.prompt_tokens,
+            new_tokens=work.new_tokens,
+            batch_size=work.batch_size,
+            concurrency=work.concurrency,
+        )
+    return replace(
+        work,
+        prompt_tokens=plain.prompt_tokens,
+        new_tokens=plain.new_tokens,
+        concurrency=1,
+        train_tokens=None,
+    )
+
+
+def normal_strategy(how: Strategy, work: Workload) -> Strategy:
+    """The strategy without what the task does not use."""
+    plain = Strategy()
+    if work.task == "infer":
+        return replace(how, **{name: getattr(plain, name) for name in TRAIN_SETTINGS})
+    if how.optimizer not in OPTIMIZERS:
+        raise BadOption(
+            f"unknown optimizer {how.optimizer[:40]!r}", f"known: {', '.join(sorted(OPTIMIZERS))}"
+        )
+    # k-bit preparation widens what a quantized base left alone; an unquantized base has nothing to prepare
+    upcast = how.upcast_frozen and how.quant != "none"
+    unused = {name: getattr(plain, name) for name in INFER_SETTINGS}
+    return replace(how, upcast_frozen=upcast, **unused)
+
+
+# --------------------------------------------------------------------------- one card
+
+
+def _memory(arch: Architecture, work: Workload, how: Strategy, gpu: Gpu | None) -> CardMemory:
+    workspace = cublas_workspace(gpu.profile) if gpu else 0
+    place = replace(how, placement="full_gpu", engine="resident")
+    run = training_memory if work.task == "train" else inference_memory
+    return run(arch, work, place, workspace)
+
+
+UNCERTAIN_ELSEWHERE = 0.15
+"""Share of the allocated peak left open on cards of other vendors, where nothing was measured yet."""
+
+
+def _card(gpu: Gpu, memory: CardMemory, arch: Architecture, work: Workload, how: Strategy) -> GpuEstimate:
+    """Allocated, required and process bytes of a card, with their interval."""
+    room = slack(memory, arch, work, how)
+    around = context(gpu.profile, arch, work, how)
+    peak = memory.peak
+    allocated = peak.bytes
+    required = max(memory.load_peak_bytes, allocated + room.typical)
+    budget_bytes, basis = budget(gpu)
+    uncertain = UNCERTAIN_ELSEWHERE if gpu.profile.vendor != "nvidia" else 0.01 if around.measured else 0.02
+    low = int(max(memory.load_bytes, allocated * (1 - uncertain) + room.low)) + around.low
+    high = int(max(memory.load_peak_bytes, allocated * (1 + uncertain) + room.high)) + around.high
+    return GpuEstimate(
+        index=gpu.index,
+        budget_bytes=budget_bytes,
+        budget_basis=basis,
+        load_bytes=memory.load_bytes,
+        allocated_peak_bytes=allocated,
+        required_bytes=required,
+        context_bytes=around.typical,
+        process_bytes=required + around.typical,
+        low_bytes=min(low, required + around.typical),
+        high_bytes=max(high, required + around.typical),
+        managed_bytes=memory.managed_bytes,
+        peak_moment=peak.moment,
+        components=peak.lines,
+        moments={"load": memory.load_peak_bytes, **memory.by_moment},
+    )
+
+
+# --------------------------------------------------------------------------- several places
+
+
+def _offloaded(
+    arch: Architecture, machine: Machine, work: Workload, how: Strategy
+) -> tuple[tuple[GpuEstimate, ...], PlacementMap]:
+    """accelerate's offload on the first card: as many layers stay as surely fit beside one passing module."""
+    gpu = machine.gpus[0]
+    memory = _memory(arch, work, how, gpu)
+    weights = weight_bytes(arch, how.quant, how.quant_experts, how.dtype)
+
+    def card(split: Split) -> GpuEstimate:
+        passing = passing_bytes(arch, split, WIDTH[how.dtype])
+        return _card(gpu, offloaded_memory(memory, split, arch.layers, passing), arch, work, how)
+
+    room = budget(gpu)[0] or 0
+    split = resident_layers(arch, weights, card(Split(arch.layers, 0)).high_bytes - room)
+    if not split.outer_offloaded:
+        # the estimate's margins shrink with what leaves and grow with what passes: settle by trying
+        while split.resident > 0 and card(split).high_bytes > room:
+            split = split_at(arch, weights, split.resident - 1)
+        while split.resident < arch.layers:
+            more = split_at(arch, weights, split.resident + 1)
+            if card(more).high_bytes > room:
+                break
+            split = more
+        if card(split).high_bytes > room:
+            split = resident_layers(arch, weights, weights.total(arch.order))
+    where = "cpu" if how.placement == "mixed_offload" else "disk"
+    return (card(split),), offload_map(arch, split, where)
+
+
+def _spread(
+    arch: Architecture, machine: Machine, work: Workload, how: Strategy
+) -> tuple[tuple[GpuEstimate, ...], PlacementMap]:
+    """Layers over several cards, as accelerate's device_map runs them: one card works at a time."""
+    weights = weight_bytes(arch, how.quant, how.quant_experts, how.dtype)
+    counts = balanced(arch, weights, [budget(gpu)[0] for gpu in machine.gpus])
+    cards, start = [], 0
+    for position, (gpu, layers) in enumerate(zip(machine.gpus, counts, strict=True)):
+        part = _part(arch, start, start + layers, position == 0, position == len(counts) - 1)
+        cards.append(_card(gpu, _memory(part, work, how, gpu), part, work, how))
+        start += layers
+    return tuple(cards), several_cards(arch, counts)
+
+
+@lru_cache(maxsize=512)
+def _part(arch: Architecture, start: int, stop: int, first: bool, last: bool) -> Architecture:
+    """The share of one card. A tied output projection shares the embedding only on the same card."""
+    head = arch.head
+    if last and head is None and not first:
+        head = Linear("lm_head", arch.hidden_size, arch.vocab_size)
+    return replace(
+        arch,
+        order=arch.order[start:stop] or arch.order[:0],
+        embeddings=arch.embeddings if first else (),
+        head=head if last else None,
+        towers=arch.towers if first else (),
+        linears=arch.linears if first else (),
+        parameters=arch.parameters if first else (),
+        final_norm=arch.final_norm if last else None,
+    )
+
+
+# --------------------------------------------------------------------------- host and disk
+
+
+def _host(
+    arch: Architecture,
+    machine: Machine,
+    work: Workload,
+    how: Strategy,
+    gpus: Sequence[GpuEstimate],
+    placement: PlacementMap,
+) -> HostEstimate:
+    weights = weight_bytes(arch, how.quant, how.quant_experts, how.dtype)
+    on_card = bool(gpus)
+    memory = _memory(arch, work, how, machine.gpus[0] if on_card else None)
+    in_ram = _in_ram(arch, weights, placement) if on_card else 0
+    saved = weights.total(arch.order) if work.task == "train" and work.method == "full" else 0
+    return host_memory(
+        on_card=on_card,
+        in_ram_bytes=in_ram,
+        managed_bytes=max((gpu.managed_bytes for gpu in gpus), default=0),
+        pinned_bytes=memory.host_bytes if on_card else 0,
+        largest_tensor_bytes=_in_flight(arch, weights, placement, on_card),
+        saved_bytes=saved,
+        run_bytes=0 if on_card else memory.peak.bytes + memory.managed_bytes,
+    )
+
+
+def _in_flight(arch: Architecture, weights: WeightBytes, placement: PlacementMap, on_card: bool) -> int:
+    """The tensor that passes through our RAM while loading.
+
+    safetensors maps the file: what goes to a card comes from the page cache. Experts are put together in RAM;
+    what is written to the offload folder stands there first.
+    """
+    if not on_card:
+        return max(weights.largest_unquantized, weights.embeddings)
+    if not placement.layers_on_disk:
+        return weights.largest_fused if placement.layers_in_ram else 0
+    outer = weights.embeddings if _embedding_place(arch, placement) == "disk" else 0
+    return max(weights.largest_unquantized, weights.largest_fused, outer)
+
+
+def _in_ram(arch: Architecture, weights: WeightBytes, placement: PlacementMap) -> int:
+    """Weight bytes the placement keeps in RAM beside a card."""
+    if placement.device_map.get("") is not None:
+        return 0
+    total = 0
+    for i, kind in enumerate(arch.order):
+        if placement.device_map.get(f"{arch.layers_path}.{i}") == "cpu":
+            total += weights.layers[kind]
+    if _embedding_place(arch, placement) == "cpu":
+        total += weights.embeddings + weights.head
+    return total
+
+
+def _embedding_place(arch: Architecture, placement: PlacementMap) -> int | str | None:
+    return placement.device_map.get(arch.embeddings[0].name.rsplit(".", 1)[0])
+
+
+def _disk(
+    arch: Architecture, parameters: int, work: Workload, how: Strategy, placement: PlacementMap
+) -> DiskEstimate:
+    away = [
+        kind
+        for i, kind in enumerate(arch.order)
+        if placement.device_map.get(f"{arch.layers_path}.{i}") == "disk"
+    ]
+    written = assembled_bytes(arch, away, WIDTH[how.dtype])
+    state: StateBytes | None = None
+    trained = 0
+    if work.task == "train":
+        state = optimizer_state(arch, work, how)
+        trained = parameters if work.method == "full" else adapter_parameters(arch, work)
+    checkpoint = checkpoint_bytes(parameters, trained, work, how, state)
+    width = WIDTH[how.dtype] if work.method == "full" else WIDTH[work.adapter_dtype]
+    return disk_space(arch, parameters, work, written, checkpoint, trained * width)
+
+
+__all__ = ["CALIBRATED_STACK", "architecture_of", "estimate"]

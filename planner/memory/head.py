@@ -1,0 +1,122 @@
+"""The end of a model on the tape: final norm, output projection, loss.
+
+The loss is transformers' `ForCausalLMLoss` (loss/loss_utils.py): logits in the compute dtype, upcast to
+float32, `log_softmax` kept for backward, then two more float32 copies of [T, V] when backward starts.
+Accelerate's mixed precision also returns float32 logits. The fused loss never holds more than a chunk of
+them (liger_kernel/ops/fused_linear_cross_entropy.py).
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+from msgspec import Struct
+
+from planner.memory.forward import Pass, norm
+from planner.memory.tape import Tape, Tensor
+from profiles.schema import Architecture, Norm
+
+
+class HeadCost(Struct, frozen=True):
+    """Bytes of the model's end, the last hidden state counted in."""
+
+    forward_peak: int
+    backward_peak: int
+    """Most bytes above the start in backward, saved tensors counted in."""
+    gradients: int
+    """Gradient of a trained output projection (or of the tied embedding)."""
+    saved: int
+    """Alive between forward and backward."""
+
+
+class Ending(Struct, frozen=True):
+    """What of an architecture decides the cost of its end."""
+
+    hidden: int
+    vocab: int
+    norm: Norm | None
+    softcap: bool
+    scale: bool
+
+
+def ending(arch: Architecture) -> Ending:
+    """The facts `head_cost` needs; hashable and small."""
+    return Ending(arch.hidden_size, arch.vocab_size, arch.final_norm, arch.logit_softcap, arch.logit_scale)
+
+
+@lru_cache(maxsize=1024)
+def head_cost(end: Ending, p: Pass, fused: bool) -> HeadCost:
+    """Replay final norm, projection and loss, forward and backward."""
+    tape = Tape()
+    x = tape.new(p.tokens * end.hidden * p.stream, needs_grad=True)
+    y = norm(tape, p, x, end.norm, p.tokens) if end.norm else tape.hold(x)
+    tape.free(x)
+    loss = _fused_loss(tape, p, y, end) if fused else _full_loss(tape, p, y, end)
+    forward_peak, saved = tape.peak, tape.live
+    tape.mark()
+    loss.grad = tape.new(512)
+    tape.backward(loss)
+    gradients = tape.live - (x.grad.bytes if x.grad is not None else 0) - loss.bytes
+    return HeadCost(forward_peak, tape.peak, max(0, gradients), saved)
+
+
+def _full_loss(tape: Tape, p: Pass, y: Tensor, end: Ending) -> Tensor:
+    t, v = p.tokens, end.vocab
+    logits = _project(tape, p, y, end)
+    if end.scale:
+        scaled = tape.op((logits,), logits.bytes)
+        tape.free(logits)
+        logits = scaled
+    if end.softcap:
+        divided = tape.op((logits,), logits.bytes)
+        tape.free(logits)
+        bounded = tape.op((divided,), divided.bytes, save_out=True)
+        tape.free(divided)
+        logits = tape.op((bounded,), bounded.bytes)
+        tape.free(bounded)
+    wide = tape.op((logits,), 4 * t * v) if p.width != 4 else tape.hold(logits)
+    # log_softmax keeps its result; both that and the upcast logits are alive at once
+    log_probabilities = tape.op((wide,), 4 * t * v, save_out=True)
+    tape.free(wide)
+    loss = tape.op((log_probabilities,), 512, save=(log_probabilities,))
+    tape.free(log_probabilities)
+    if p.autocast:  # accelerate's ConvertOutputsToFp32
+        returned = tape.new(4 * t * v)
+        tape.free(logits)
+        logits = returned
+    tape.free(logits, y)
+    return loss
+
+
+def _project(tape: Tape, p: Pass, y: Tensor, end: Ending) -> Tensor:
+    t, v, d = p.tokens, end.vocab, end.hidden
+    out = t * v * p.width
+    weight = tape.parameter(v * d * p.width, p.full)
+    if p.stream == p.width or not p.autocast:
+        return tape.op((y, weight), out, save=(y,) if p.full else ())
+    # the output projection was upcast to float32: autocast casts input and weight for this matmul
+    narrow = tape.op((y,), t * d * p.width)
+    cast = tape.new(v * d * p.width)
+    logits = tape.op((narrow, weight), out, save=(cast,))
+    tape.free(narrow, cast)
+    return logits
+
+
+def fused_chunk_rows(t: int, v: int, d: int) -> int:
+    """Rows of logits liger holds at a time: the power of two at or above T / ceil(V / D)."""
+    rows = max(1, -(-t // max(1, -(-v // d))))
+    return min(t, 1 << (rows - 1).bit_length())
+
+
+def _fused_loss(tape: Tape, p: Pass, y: Tensor, end: Ending) -> Tensor:
+    t, v, d = p.tokens, end.vocab, end.hidden
+    rows = fused_chunk_rows(t, v, d)
+    weight = tape.parameter(v * d * p.width, p.full)
+    grad_input = tape.new(t * d * p.stream)
+    grad_weight = tape.new(v * d * p.width) if p.full else None
+    chunk = rows * v * p.width
+    tape.touch(chunk + rows * v * 4 + (v * d * p.width if p.full else 0))
+    # gradients are ready after forward and kept for backward, which only scales them
+    loss = tape.op((y, weight), 512, save=(grad_input,) if grad_weight is None else (grad_input, grad_weight))
+    tape.free(grad_input, grad_weight, y)
+    return loss

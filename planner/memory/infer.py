@@ -1,0 +1,133 @@
+"""Memory of generation on one card: load, prefill, decode.
+
+Prefill runs the whole prompt through the layers and asks for the last position's logits only
+(`generation/utils.py`, logits_to_keep=1). Python keeps the embeddings and each layer's input alive while
+the layer runs. Decode grows the cache one token at a time.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+from msgspec.structs import replace
+
+from planner.memory.attention import input_bytes
+from planner.memory.forward import Pass, numerics
+from planner.memory.kvcache import cache_bytes, layer_kv_bytes
+from planner.memory.layer import layer_cost
+from planner.memory.moments import CardMemory, line, snapshot
+from planner.memory.tape import rounded
+from planner.memory.weights import WIDTH, layer_linears, load_transient_bytes, weight_bytes
+from planner.types import Strategy, Workload
+from profiles.schema import Architecture
+
+
+def prefill_pass(arch: Architecture, work: Workload, how: Strategy) -> Pass:
+    """Shapes and numerics of the prompt's forward pass."""
+    width = WIDTH[how.dtype]
+    return Pass(
+        batch=work.sequences,
+        seq=work.prompt_tokens,
+        width=width,
+        stream=width,
+        quant=how.quant,
+        attention=how.attention,
+        float32_norm=arch.model_type in numerics().float32_norm,
+        concatenated_rope=arch.model_type in numerics().concatenated_rope,
+        liger=False,
+    )
+
+
+@lru_cache(maxsize=1024)
+def inference_memory(arch: Architecture, work: Workload, how: Strategy, workspace: int) -> CardMemory:
+    """All moments of a generation run. `workspace`: bytes of one cuBLAS workspace on this card."""
+    p = prefill_pass(arch, work, how)
+    weights = weight_bytes(arch, how.quant, how.quant_experts, how.dtype)
+    load = weights.total(arch.order)
+    batch, width = work.sequences, p.width
+    tokens = work.prompt_tokens + work.new_tokens
+    fixed = (
+        line(
+            "weights",
+            load,
+            f"{arch.layers} layers + embeddings + head, {how.quant if how.quant != 'none' else how.dtype}",
+        ),
+        line("library workspace", workspace, "cuBLAS", "measured"),
+        line("inputs and rope", input_bytes(arch, p, tokens), "token ids, mask, cos and sin tables"),
+    )
+    kv = cache_bytes(arch, batch, work.prompt_tokens, tokens, width, how.cache)
+    stream = rounded(p.tokens * arch.hidden_size * p.stream)
+    logits = rounded(batch * arch.vocab_size * (width + 4))
+    costs = [layer_cost(layer, p, arch.hidden_size) for layer in arch.kinds]
+    worst = max(range(len(costs)), key=lambda kind: costs[kind].forward_peak)
+    mixer = arch.kinds[worst].attention
+    # attention counts the copies it adds to the cache; a recurrent state is updated in place
+    own = layer_kv_bytes(mixer, batch, work.prompt_tokens, width) if mixer.kind != "recurrent" else 0
+    others = max(0, kv.prefill - own) if how.cache == "dynamic" else kv.prefill
+    one = decode_pass(p, tokens)
+    step = max(layer_cost(layer, one, arch.hidden_size).forward_peak for layer in arch.kinds)
+    shots = [
+        snapshot(
+            "prefill",
+            (
+                *fixed,
+                line(
+                    "kv cache",
+                    others,
+                    f"{how.cache}: {batch} x {work.prompt_tokens} tokens, beside the layer in work",
+                ),
+                line("activations", 2 * stream, "embeddings and the layer's input"),
+                line(
+                    "layer in work",
+                    costs[worst].forward_peak,
+                    "largest set of tensors alive inside one layer",
+                    "modelled",
+                ),
+            ),
+            rounded(p.tokens * _widest(arch) * width),
+        ),
+        snapshot(
+            "prefill",
+            (
+                *fixed,
+                line("kv cache", kv.prefill, f"{how.cache}: {batch} x {work.prompt_tokens} tokens"),
+                line("activations", 2 * stream, "embeddings and the last hidden state"),
+                line("layer in work", 5 * stream, "final norm in float32", "modelled"),
+                line("logits", logits, f"{batch} x {arch.vocab_size}, last position"),
+            ),
+        ),
+        snapshot(
+            "decode",
+            (
+                *fixed,
+                line("kv cache", kv.final, f"{how.cache}: {batch} x {tokens} tokens"),
+                line("kv copy", kv.growth, "one layer's cache, copied or unpacked when it grows"),
+                line("layer in work", step, "one token through one layer", "modelled"),
+                line("logits", logits, f"{batch} x {arch.vocab_size}"),
+            ),
+        ),
+    ]
+    return CardMemory(
+        load_bytes=load,
+        load_peak_bytes=load + load_transient_bytes(weights, how.quant),
+        managed_bytes=0,
+        host_bytes=kv.host,
+        dequantized_bytes=weights.largest_unquantized if how.quant != "none" else 0,
+        snapshots=tuple(shots),
+    )
+
+
+def decode_pass(p: Pass, tokens: int) -> Pass:
+    """The pass of one decoded token."""
+    return replace(p, seq=1, past=tokens - 1)
+
+
+def _widest(arch: Architecture) -> int:
+    """Features of the widest activation, a token's expert copies counted together."""
+    widths = [arch.hidden_size]
+    for layer in arch.kinds:
+        widths += [item.outputs for item in layer_linears(layer)]
+        experts = layer.feed_forward.experts
+        if experts is not None:
+            widths.append(experts.per_token * max(2 * experts.intermediate, arch.hidden_size))
+    return max(widths)

@@ -1,0 +1,105 @@
+"""What a fine-tuning run keeps from first step to last: weights, adapters, optimizer state, workspaces."""
+
+from __future__ import annotations
+
+from msgspec import Struct
+
+from planner.memory.adapters import adapter_tensors
+from planner.memory.attention import input_bytes
+from planner.memory.forward import Pass
+from planner.memory.layer import layer_tensors
+from planner.memory.moments import line
+from planner.memory.optimizer import StateBytes, state_bytes
+from planner.memory.tape import booked, rounded
+from planner.memory.weights import weight_bytes
+from planner.types import MemoryLine, Strategy, Workload
+from profiles.schema import Architecture, Linear, Parameter, Tower
+
+Counts = tuple[tuple[int, int], ...]
+"""(elements of a tensor, how many of them)."""
+
+
+class Lasting(Struct, frozen=True):
+    """What stays alive from the first step on, and what a step leaves behind."""
+
+    lines: tuple[MemoryLine, ...]
+    state: StateBytes
+    gradient_bytes: int
+    """Gradients of everything that is trained."""
+    accumulated: int
+    """Gradients that wait through the next forward pass: all under gradient accumulation, else none."""
+    embedding_gradient: int
+    tied: bool
+
+
+def lasting(arch: Architecture, work: Workload, how: Strategy, p: Pass, workspace: int) -> Lasting:
+    """Everything that outlives a step. `workspace`: bytes of one cuBLAS workspace."""
+    loaded = weight_bytes(arch, how.quant, how.quant_experts, how.dtype).total(arch.order)
+    wide = 0
+    if how.upcast_frozen:
+        wide = weight_bytes(arch, how.quant, how.quant_experts, "fp32").total(arch.order) - loaded
+    tensors, embeddings, width = trained_tensors(arch, work, p)
+    every = (*tensors, *((size, 1) for size in embeddings))
+    adapters = 0 if p.full else sum(rounded(size * width) * count for size, count in tensors)
+    gradient_bytes = sum(booked(size * width) * count for size, count in every)
+    state = state_bytes(how.optimizer, tensors, width, embeddings)
+    trained = sum(size * count for size, count in every)
+    text = "trained in place" if p.full else f"frozen, {how.quant if how.quant != 'none' else how.dtype}"
+    lines = (
+        line("weights", loaded, f"{arch.layers} layers + embeddings + head, {text}"),
+        line("upcast weights", wide, "unquantized tensors a second time their size, as float32"),
+        line("adapters", adapters, f"{trained:,} parameters x {width} B"),
+        line("optimizer state", state.device, f"{how.optimizer}: {trained:,} trained parameters"),
+        line("library workspace", 2 * workspace, "cuBLAS: forward and the autograd thread", "measured"),
+        line(
+            "inputs and rope", input_bytes(arch, p, p.seq), "token ids, labels, positions, cos and sin tables"
+        ),
+    )
+    return Lasting(
+        lines,
+        state,
+        gradient_bytes,
+        gradient_bytes if work.gradient_accumulation_steps > 1 else 0,
+        booked(embeddings[0] * width) if embeddings else 0,
+        arch.head is None,
+    )
+
+
+def trained_tensors(arch: Architecture, work: Workload, p: Pass) -> tuple[Counts, tuple[int, ...], int]:
+    """Trained tensors, elements of trained embeddings, and bytes of an element."""
+    if not p.full:
+        adapters = adapter_tensors(arch, work.lora_rank, work.lora_targets, work.lora_variant)
+        return adapters, (), p.adapter_width
+    return _parameters(arch), tuple(item.elements for item in arch.embeddings if not item.buffer), p.width
+
+
+def _parameters(arch: Architecture) -> Counts:
+    """Every parameter tensor that full fine-tuning trains, embeddings apart."""
+    counts: dict[int, int] = {}
+
+    def see(size: int, count: int = 1) -> None:
+        counts[size] = counts.get(size, 0) + count
+
+    for index, layer in enumerate(arch.kinds):
+        for size in layer_tensors(layer):
+            see(size, arch.order.count(index))
+    for item in arch.parameters:
+        if not item.buffer:
+            see(item.elements)
+    for linear in (*arch.linears, *((arch.head,) if arch.head else ())):
+        see(linear.parameters)
+    if arch.final_norm is not None:
+        see(arch.final_norm.size)
+    for tower in arch.towers:
+        for size, count in _tower(tower):
+            see(size, count)
+    return tuple(sorted(counts.items()))
+
+
+def _tower(tower: Tower) -> Counts:
+    once: list[Linear | Parameter] = [*tower.linears, *tower.parameters]
+    repeated: list[Linear | Parameter] = [*tower.block_linears, *tower.block_parameters]
+    return (
+        *((item.parameters, tower.blocks) for item in repeated),
+        *((item.parameters, 1) for item in once),
+    )

@@ -1,0 +1,109 @@
+"""Optimizer state: on the card, paged, and what a step needs for a moment.
+
+Facts by optimizer are data (`OPTIMIZERS`); the arithmetic is one function. Sources: torch
+`optim/adamw.py` (state in the parameter's dtype; foreach keeps a list of square roots as large as the
+state), bitsandbytes `optim/optimizer.py` (8-bit state in blocks of 256 with one float32 absmax each;
+tensors under 4096 elements stay 32-bit; tensors of 100,000 elements or more are paged), transformers
+`trainer.py` (8-bit optimizers keep embeddings in 32 bits).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from msgspec import Struct
+
+from planner.memory.tape import booked, rounded
+
+BLOCK = 256
+SMALL = 4096
+PAGED_FROM = 100_000
+
+
+class Optimizer(Struct, frozen=True, kw_only=True):
+    """How one transformers `optim` keeps its state."""
+
+    states: int
+    """State tensors a parameter has (2 for Adam, 1 for Lion, 0 for plain SGD)."""
+    bits: int | None = None
+    """8 or 32 for bitsandbytes; None: the parameter's own dtype (torch)."""
+    paged: bool = False
+    foreach: bool = False
+    """Steps through lists of tensors with a temporary as large as one state."""
+    fused: bool = False
+    """Keeps each parameter's step count on the card."""
+    factored: bool = False
+    """Adafactor: one row and one column per matrix instead of a state as large as the parameter."""
+
+
+OPTIMIZERS: dict[str, Optimizer] = {
+    "adamw_torch": Optimizer(states=2, foreach=True),
+    "adamw_torch_fused": Optimizer(states=2, fused=True),
+    "adamw_8bit": Optimizer(states=2, bits=8),
+    "adamw_bnb_8bit": Optimizer(states=2, bits=8),
+    "paged_adamw_8bit": Optimizer(states=2, bits=8, paged=True),
+    "paged_adamw_32bit": Optimizer(states=2, bits=32, paged=True),
+    "paged_adamw": Optimizer(states=2, bits=32, paged=True),
+    "lion_32bit": Optimizer(states=1, bits=32),
+    "lion_8bit": Optimizer(states=1, bits=8),
+    "paged_lion_32bit": Optimizer(states=1, bits=32, paged=True),
+    "paged_lion_8bit": Optimizer(states=1, bits=8, paged=True),
+    "rmsprop_bnb": Optimizer(states=1, bits=32),
+    "rmsprop_bnb_8bit": Optimizer(states=1, bits=8),
+    "rmsprop_bnb_32bit": Optimizer(states=1, bits=32),
+    "ademamix": Optimizer(states=3, bits=32),
+    "ademamix_8bit": Optimizer(states=3, bits=8),
+    "paged_ademamix_32bit": Optimizer(states=3, bits=32, paged=True),
+    "paged_ademamix_8bit": Optimizer(states=3, bits=8, paged=True),
+    "rmsprop": Optimizer(states=1, foreach=True),
+    "adagrad": Optimizer(states=1, foreach=True),
+    "sgd": Optimizer(states=0, foreach=True),
+    "adafactor": Optimizer(states=0, factored=True),
+}
+"""The `optim` names Fitwright estimates and runs."""
+
+
+class StateBytes(Struct, frozen=True):
+    """State of one optimizer over all trained tensors."""
+
+    device: int
+    """On the allocator's books."""
+    managed: int
+    """Paged (cudaMallocManaged): not on the allocator's books, backed by host RAM when the card is full."""
+    temporary: int
+    """Most bytes a step holds beside parameters, gradients and state."""
+
+
+def state_bytes(
+    name: str, tensors: Iterable[tuple[int, int]], width: int, embeddings: tuple[int, ...] = ()
+) -> StateBytes:
+    """State for `tensors` of (elements, count), stored in `width` bytes each.
+
+    `embeddings`: elements of trained token embeddings (not among `tensors`), which stay in 32 bits.
+    """
+    kind = OPTIMIZERS[name]
+    device = managed = temporary = largest = 0
+    every = [(size, count, False) for size, count in tensors] + [(size, 1, True) for size in embeddings]
+    for size, count, embedding in every:
+        on, paged = _one(kind, size, width, embedding)
+        device += count * on
+        managed += count * paged
+        if kind.foreach and kind.states:
+            temporary += count * rounded(size * width)
+        if kind.factored:
+            largest = max(largest, 3 * rounded(size * 4))
+    return StateBytes(device, managed, temporary + largest)
+
+
+def _one(kind: Optimizer, size: int, width: int, embedding: bool) -> tuple[int, int]:
+    if kind.factored:
+        side = int(size**0.5)
+        return 2 * rounded(4 * side), 0
+    if kind.bits is None:
+        return kind.states * booked(size * width) + (rounded(4) if kind.fused else 0), 0
+    wide = kind.bits == 32 or size < SMALL or embedding
+    state = kind.states * booked(size * (4 if wide else 1))
+    scales = 0 if wide else kind.states * booked(4 * -(-size // BLOCK))
+    if kind.paged and size >= PAGED_FROM:
+        return scales, kind.states * size * (4 if wide else 1)
+    return state + scales, 0

@@ -1,0 +1,135 @@
+"""Memory that no tensor accounts for: the CUDA context, library workspaces, fragmentation of the allocator.
+
+Contexts, workspaces and the RAM of a process are data (`profiles/overheads.json`), each with its measurement.
+What was measured on one card is applied to others with a wider interval, never as if it had been measured
+there. The shares of `slack` are a model, held against benchmarks/calibration.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+import msgspec
+from msgspec import Struct
+
+from planner.memory.moments import CardMemory, Snapshot
+from planner.types import Strategy, Workload
+from planner.units import MIB
+from profiles.data import read_table
+from profiles.schema import Architecture, GpuProfile
+
+
+class Context(Struct, frozen=True):
+    """CUDA context and loaded kernels: bytes of a process beside its allocator."""
+
+    low: int
+    typical: int
+    high: int
+    measured: bool
+
+
+class Slack(Struct, frozen=True):
+    """Bytes an allocator cap must leave above the allocated peak."""
+
+    low: int
+    typical: int
+    high: int
+    formula: str
+
+
+@cache
+def _facts() -> dict[str, Any]:
+    facts: dict[str, Any] = msgspec.json.decode(read_table("overheads.json"))
+    return facts
+
+
+def cublas_workspace(card: GpuProfile | None) -> int:
+    """Bytes of one cuBLAS workspace: by the major version of the card's compute capability."""
+    facts = _facts()["cublas_workspace"]
+    major = (card.compute_capability or "").split(".")[0] if card else ""
+    return int(facts["by_major"].get(major, facts["default_bytes"]))
+
+
+def context(card: GpuProfile, arch: Architecture, work: Workload, how: Strategy) -> Context:
+    """CUDA context for a job: more kernels are loaded for training, int8 and grouped experts."""
+    facts = _facts()["context"]
+    measured = facts["measured"]
+    routed = any(layer.feed_forward.experts is not None for layer in arch.kinds)
+    if work.task == "train":
+        base = measured["train_bytes"]
+    elif routed:
+        base = measured["grouped_experts_bytes"]
+    else:
+        base = measured["int8_bytes" if how.quant == "int8" else "infer_bytes"]
+    here = card.compute_capability == measured["compute_capability"]
+    scale = measured if here else facts["elsewhere"]
+    typical = base if here else int(base * facts["elsewhere"]["factor"])
+    return Context(int(base * scale["low_factor"]), typical, int(base * scale["high_factor"]), here)
+
+
+def process_ram(on_card: bool) -> int:
+    """Anonymous RAM of a process with torch and its friends imported."""
+    return int(_facts()["process_ram"]["cuda_bytes" if on_card else "cpu_bytes"])
+
+
+def slack(card: CardMemory, arch: Architecture, work: Workload, how: Strategy) -> Slack:
+    """Fragmentation: what the smallest working cap adds to the allocated peak.
+
+    Modelled on the brackets of 52 runs (smallest of nine caps that worked, benchmarks/calibration). What
+    makes holes is a large block asked for again when smaller lasting ones have settled in its place:
+    optimizer states created after the first step's logits, a tied embedding's gradients, the
+    feed-forward's activations of a long prefill. `typical` leans to the upper end of the brackets: a cap
+    that is too small ends a run. A moment below the peak decides where it leaves more holes: otherwise a
+    larger job, whose peak lies in a moment without any, would seem to need less.
+    """
+    rooms = []
+    for shot in card.leading:
+        room, below = _slack_at(shot, card, arch, work, how), card.peak.bytes - shot.bytes
+        rooms.append(Slack(room.low - below, room.typical - below, room.high - below, room.formula))
+    deciding = max(rooms, key=lambda room: room.typical)
+    return Slack(
+        max(room.low for room in rooms), deciding.typical, max(room.high for room in rooms), deciding.formula
+    )
+
+
+def _slack_at(shot: Snapshot, card: CardMemory, arch: Architecture, work: Workload, how: Strategy) -> Slack:
+    """What a cap must leave above the bytes of one moment."""
+    if work.task == "infer":
+        return _inference_slack(shot, card, how)
+    if work.method == "full":
+        return _full_slack(shot, arch, how)
+    peak = shot.bytes
+    share = 0.02 if not how.gradient_checkpointing else 0.03 if how.quant != "none" else 0.022
+    # liger's Triton kernels are compiled and loaded while the run goes on, beside the allocator
+    loaded = 100 * MIB if how.kernels == "liger" else 0
+    high = max(0.035 * peak, 1.3 * share * peak) + 96 * MIB + 0.15 * shot.largest_block + loaded
+    return Slack(int(0.005 * peak), int(share * peak) + loaded, int(high), "adapters between large blocks")
+
+
+def _inference_slack(shot: Snapshot, card: CardMemory, how: Strategy) -> Slack:
+    """Holes of the prefill's widest activation, of one dequantized matrix, and of assembling fused
+    experts."""
+    peak, block = shot.bytes, shot.largest_block
+    typical = min(2 * block, 0.5 * block + 450 * MIB)
+    if how.quant != "none":
+        typical += 0.75 * card.dequantized_bytes
+    else:
+        typical += 0.9 * (card.load_peak_bytes - card.load_bytes)
+    typical = min(typical, 0.12 * peak)
+    high = max(1.35 * typical, 2.1 * block + 150 * MIB, 0.035 * peak)
+    return Slack(
+        0, int(typical), int(min(high, max(typical, 0.2 * peak))), f"blocks of {block / MIB:.0f} MiB"
+    )
+
+
+def _full_slack(shot: Snapshot, arch: Architecture, how: Strategy) -> Slack:
+    """Full fine-tuning: states that settle where the first logits were, gradients of embeddings."""
+    peak, block = shot.bytes, shot.largest_block
+    small = 0.015 * peak
+    resident = how.optimizer.startswith(("adamw_torch", "rmsprop", "adagrad"))
+    if shot.moment == "loss" and how.gradient_checkpointing and resident:
+        return Slack(int(0.4 * block), int(1.2 * block), int(1.6 * block), "states settle where logits were")
+    share = (0.7 if arch.head is None else 0.2) if how.gradient_checkpointing else 0.1
+    typical = max(small, share * block)
+    return Slack(0, int(typical), int(max(0.035 * peak, 1.7 * share * block + small)), "large gradients")

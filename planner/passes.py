@@ -1,0 +1,234 @@
+"""Seconds of one pass: a token of decode, a prefill, a training step.
+
+A pass takes as long as the slower of the card and the Python that feeds it, plus what comes over the link or
+from disk while the card waits (accelerate's hooks do not overlap the two):
+
+    seconds = max(max(bytes / bandwidth, operations / rate) + small kernels, launches x host) + link + disk
+
+Rates and efficiencies come from `planner.rates`, counts from `planner.work`.
+"""
+
+from __future__ import annotations
+
+from msgspec import Struct
+
+from planner.rates import Level, Rates, efficiency
+from planner.types import PlacementMap, Strategy, Workload
+from planner.work import (
+    Work,
+    attention_flops,
+    cache_bytes,
+    element_bytes,
+    launches,
+    layer_bytes,
+    linear_bytes,
+    quantized_weights,
+    read_bytes,
+)
+
+# torch.cat of a dynamic cache reads and writes all of it, then attention reads it.
+_CACHE_PASSES = {"dynamic": 3, "static": 1, "offloaded": 3, "quantized": 3}
+# Flash attention's backward recomputes the scores: five products for the forward's two (arXiv:2307.08691).
+_ATTENTION_BACKWARD = 2.5
+# Bytes an optimizer step moves for each parameter: gradient, weight and two moments read, all but the first
+# written, in mixed widths.
+_OPTIMIZER_TRAFFIC_BYTES = 24
+# Kernels that remain of those an eager pass launches once torch.compile has fused the small ones.
+_FUSED_KERNELS = 0.3
+
+
+class Job(Struct, frozen=True):
+    """What a speed is asked for."""
+
+    work: Work
+    workload: Workload
+    strategy: Strategy
+    placement: PlacementMap
+    on_cpu: bool
+    cores: int
+    adapter_parameters: int = 0
+    """Trained elements of the job's adapters; 0 for inference and full fine-tuning."""
+
+
+class Seconds(Struct, frozen=True):
+    """Time of one pass by what it waits for."""
+
+    memory: float = 0.0
+    compute: float = 0.0
+    launch: float = 0.0
+    link: float = 0.0
+    disk: float = 0.0
+    other: float = 0.0
+    """Card time that adds to both memory and compute."""
+
+    @property
+    def total(self) -> float:
+        """The pass: card and host work side by side, transfers in turn with both."""
+        return max(max(self.memory, self.compute) + self.other, self.launch) + self.link + self.disk
+
+    @property
+    def bound(self) -> str:
+        """The largest part."""
+        parts = {
+            "memory bandwidth": self.memory,
+            "compute": self.compute,
+            "launch": self.launch,
+            "link": self.link,
+            "disk": self.disk,
+        }
+        return max(parts, key=lambda name: parts[name])
+
+
+# --------------------------------------------------------------------------- inference
+
+
+def decode_seconds(job: Job, rates: Rates, level: Level) -> Seconds | None:
+    """One token for every sequence of the batch, with half of the new tokens behind it."""
+    if rates.bandwidth is None or rates.compute is None:
+        return None
+    work, strategy, batch = job.work, job.strategy, job.workload.sequences
+    context = job.workload.prompt_tokens + job.workload.new_tokens / 2
+    kept = batch * cache_bytes(work, context, element_bytes(strategy.dtype))
+    flops = batch * (2 * (work.active_linear_weights + work.head_weights) + attention_flops(work, context))
+    suffix = "" if strategy.quant == "none" else f"_{strategy.quant}"
+    streaming = rates.bandwidth * (1.0 if job.on_cpu else efficiency(f"decode_bandwidth{suffix}", level))
+    read = read_bytes(work, strategy, batch) / streaming
+    moved = _CACHE_PASSES[strategy.cache] * kept / rates.bandwidth
+    fetched = _fetch(job, rates, 2 * kept if strategy.cache == "offloaded" else 0.0)
+    if fetched is None:
+        return None
+    link, disk = fetched
+    kernels = launches(work, strategy, adapters=False)
+    compiled = strategy.cache == "static" and not job.on_cpu and strategy.quant == "none"
+    overhead = efficiency("token_overhead_seconds", level)
+    host = overhead + (0.0 if compiled else kernels * efficiency("host_seconds_per_kernel", level))
+    small = kernels * efficiency("device_seconds_per_kernel", level) * (_FUSED_KERNELS if compiled else 1)
+    products = flops / rates.compute
+    if job.on_cpu:
+        # One processor does both: what it dispatches it must also compute.
+        small, host = host, 0.0
+        products += _cpu_dequantize(job, level, batch)
+    elif compiled:
+        small, host = small + overhead, 0.0
+    return Seconds(read + moved, products, host, link, disk, small)
+
+
+def prefill_seconds(job: Job, rates: Rates, level: Level) -> Seconds | None:
+    """The prompts of the whole batch in one pass; logits of the last token only, as `generate` asks."""
+    if rates.bandwidth is None or rates.compute is None:
+        return None
+    work, strategy = job.work, job.strategy
+    tokens = job.workload.sequences * job.workload.prompt_tokens
+    fetched = _fetch(job, rates, 0.0)
+    if fetched is None:
+        return None
+    compute = rates.compute * efficiency("prefill_compute", level)
+    products = _product_seconds(job, 2.0 * work.active_linear_weights * tokens, compute, level)
+    attention = tokens * attention_flops(work, job.workload.prompt_tokens / 2)
+    products += attention / _attention_compute(job, rates.compute, level)
+    traffic = efficiency("traffic_per_feature", level) * tokens * work.hidden_size * work.layers
+    other = traffic / rates.bandwidth + _dequantize(job, rates, level, 1)
+    host = launches(work, strategy, adapters=False) * efficiency("host_seconds_per_kernel", level)
+    read = read_bytes(work, strategy, tokens) / rates.bandwidth
+    if job.on_cpu:
+        other, host = other + host, 0.0
+    return Seconds(read, products, host + efficiency("token_overhead_seconds", level), *fetched, other)
+
+
+# --------------------------------------------------------------------------- training
+
+
+def train_seconds(job: Job, rates: Rates, level: Level) -> Seconds | None:
+    """One forward and backward over a batch, with its share of the optimizer step.
+
+    Operations for each weight and token: 2 forward, 2 for the gradient of the input, 2 more for that of a
+    weight that is trained, 2 again where the forward is repeated for a checkpoint.
+    """
+    if rates.bandwidth is None or rates.compute is None:
+        return None
+    work, workload, strategy = job.work, job.workload, job.strategy
+    full = workload.method == "full"
+    again = int(strategy.gradient_checkpointing)
+    tokens = workload.batch_size * workload.seq_len
+    backward = 2 if full else 1
+    compute = rates.compute * efficiency("train_compute", level)
+    flops = 2.0 * tokens * work.active_linear_weights * (1 + again + backward)
+    flops += 2.0 * tokens * work.head_weights * (1 + backward)
+    products = _product_seconds(job, flops, compute, level)
+    attention = tokens * attention_flops(work, workload.seq_len / 2) * (1 + again + _ATTENTION_BACKWARD)
+    products += attention / _attention_compute(job, rates.compute, level)
+    adapters = job.adapter_parameters
+    vector = rates.vector or rates.compute / 16
+    products += 6.0 * tokens * adapters / (vector if workload.adapter_dtype == "fp32" else compute)
+    per_feature = efficiency("traffic_per_feature", level) * tokens * work.hidden_size * work.layers
+    traffic = per_feature * (3 + again)
+    traffic += efficiency("loss_traffic", level) * tokens * work.vocab_size
+    trained = work.weights if full else adapters
+    traffic += _OPTIMIZER_TRAFFIC_BYTES * trained / workload.gradient_accumulation_steps
+    other = traffic / rates.bandwidth + _dequantize(job, rates, level, 2 + again)
+    passes = 1 + again + 2 * efficiency("backward_host_share", level)
+    kernels = launches(work, strategy, adapters=not full) * passes
+    host = kernels * efficiency("train_host_seconds_per_kernel", level)
+    host += efficiency("step_overhead_seconds", level) / workload.gradient_accumulation_steps
+    if job.on_cpu:
+        other, host = other + host, 0.0
+    read = (2 + again) * read_bytes(work, strategy, tokens) / rates.bandwidth
+    link = _activation_seconds(job, rates, tokens)
+    return None if link is None else Seconds(read, products, host, link, 0.0, other)
+
+
+def _activation_seconds(job: Job, rates: Rates, tokens: int) -> float | None:
+    """Checkpoints that go to host memory and come back."""
+    if not job.strategy.activation_offload or job.on_cpu:
+        return 0.0
+    if rates.link is None:
+        return None
+    saved = tokens * job.work.hidden_size * job.work.layers * element_bytes(job.strategy.dtype)
+    return 2.0 * saved / rates.link
+
+
+# --------------------------------------------------------------------------- parts
+
+
+def _product_seconds(job: Job, flops: float, compute: float, level: Level) -> float:
+    return flops / (compute * (efficiency("int8_compute", level) if job.strategy.quant == "int8" else 1.0))
+
+
+def _attention_compute(job: Job, compute: float, level: Level) -> float:
+    eager = efficiency("eager_attention", level) if job.strategy.attention == "eager" else 1.0
+    return compute * efficiency("attention_compute", level) * eager
+
+
+def _dequantize(job: Job, rates: Rates, level: Level, passes: int) -> float:
+    """Quantized weights written out in the compute dtype once for each pass (int8 is multiplied as it is)."""
+    if job.on_cpu:
+        return passes * _cpu_dequantize(job, level, 1)
+    weights = quantized_weights(job.work, job.strategy)
+    if job.strategy.quant == "int8" or not weights or rates.bandwidth is None:
+        return 0.0
+    width = element_bytes(job.strategy.dtype) + linear_bytes(job.strategy)
+    return passes * weights * width / rates.bandwidth
+
+
+def _cpu_dequantize(job: Job, level: Level, tokens: int) -> float:
+    """CPU time on quantized weights: unpacked once a pass (NF4), or worked through for each token (int8)."""
+    if job.strategy.quant == "none" or not job.cores:
+        return 0.0
+    weights = quantized_weights(job.work, job.strategy)
+    seconds = weights / (job.cores * efficiency(f"cpu_{job.strategy.quant}_weights_per_core_per_s", level))
+    return seconds * (tokens if job.strategy.quant == "int8" else 1)
+
+
+def _fetch(job: Job, rates: Rates, cache: float) -> tuple[float, float] | None:
+    """Seconds on link and disk in one pass: offloaded layers are copied whole, idle experts too."""
+    placed = job.placement
+    away = placed.layers_in_ram + placed.layers_on_disk
+    if job.on_cpu or not (away or cache):
+        return 0.0, 0.0
+    if rates.pageable is None:
+        return None
+    one_layer = layer_bytes(job.work, job.strategy) / job.work.layers
+    fetched = one_layer * away + cache
+    if placed.device_map.get("lm_head") in ("cpu", "disk"):
+        fetched += job.work.head_weights * element_bytes(job.strategy.dtype)
+    return fetched / rates.pageable, one_layer * placed.layers_on_disk / rates.disk

@@ -1,0 +1,138 @@
+"""Which layers live where: on one card, over several, or partly in RAM or on disk. Pure arithmetic.
+
+Device maps are accelerate's: module name to card index, "cpu" or "disk" (`accelerate.dispatch_model`).
+Embeddings, final norm and output projection stay on the card as long as they can: accelerate would copy a
+whole vocabulary matrix over the link for every token.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from msgspec import Struct
+
+from planner.memory.weights import WeightBytes
+from planner.types import PlacementMap
+from profiles.schema import Architecture, Linear, Parameter, Tower
+
+
+class Split(Struct, frozen=True):
+    """How many leading layers stay on the card, and the bytes that leave it."""
+
+    resident: int
+    offloaded_bytes: int
+    outer_offloaded: bool = False
+    """Embeddings and output projection left the card too."""
+
+
+def resident_layers(arch: Architecture, weights: WeightBytes, excess_bytes: int) -> Split:
+    """Take layers off the card, last first, until `excess_bytes` are saved; then embeddings and head.
+
+    The last layers leave, so that the first ones never wait for the link.
+    """
+    saved, resident = 0, arch.layers
+    while saved < excess_bytes and resident > 0:
+        resident -= 1
+        saved += weights.layers[arch.order[resident]]
+    if saved >= excess_bytes:
+        return Split(resident, saved)
+    return Split(0, saved + weights.embeddings + weights.head, True)
+
+
+def split_at(arch: Architecture, weights: WeightBytes, resident: int) -> Split:
+    """The first `resident` layers on the card, the others off it."""
+    return Split(resident, sum(weights.layers[kind] for kind in arch.order[resident:]))
+
+
+def balanced(arch: Architecture, weights: WeightBytes, budgets: Sequence[int]) -> tuple[int, ...]:
+    """Layers of each card, in proportion to what the cards have left beside embeddings and head."""
+    first = weights.embeddings
+    last = weights.head or weights.embeddings
+    rooms = [
+        max(0, budget - (first if i == 0 else 0) - (last if i == len(budgets) - 1 else 0))
+        for i, budget in enumerate(budgets)
+    ]
+    total = sum(rooms) or 1
+    counts = [int(arch.layers * room / total) for room in rooms]
+    for i in range(arch.layers - sum(counts)):
+        counts[i % len(counts)] += 1
+    return tuple(counts)
+
+
+def one_device(where: int | str, arch: Architecture) -> PlacementMap:
+    """Everything on one card (or on the CPU)."""
+    on_card = isinstance(where, int)
+    return PlacementMap(
+        device_map={"": where},
+        layers_on_gpu=arch.layers if on_card else 0,
+        layers_in_ram=0 if on_card else arch.layers,
+    )
+
+
+def offload_map(arch: Architecture, split: Split, where: str) -> PlacementMap:
+    """Leading layers on card 0, the rest on "cpu" or "disk".
+
+    Something always stays on the card: accelerate computes where the map's first device is, and a map of
+    nothing but "cpu" and "disk" computes on the CPU.
+    """
+    path = arch.layers_path
+    leaves = {item.name.rsplit(".", 1)[0] for item in arch.embeddings} | {_head(arch)}
+    names: dict[str, int | str] = {
+        name: where if split.outer_offloaded and name in leaves else 0 for name in outer_modules(arch)
+    }
+    layers = {f"{path}.{i}": (0 if i < split.resident else where) for i in range(arch.layers)}
+    gone = arch.layers - split.resident
+    return PlacementMap(
+        device_map={**names, **layers},
+        layers_on_gpu=split.resident,
+        layers_in_ram=gone if where == "cpu" else 0,
+        layers_on_disk=gone if where == "disk" else 0,
+    )
+
+
+def several_cards(arch: Architecture, counts: Sequence[int]) -> PlacementMap:
+    """Consecutive layers over cards: embeddings with the first, norm and head with the last."""
+    ending = {_head(arch), arch.final_norm.name if arch.final_norm else ""}
+    names: dict[str, int | str] = {
+        name: len(counts) - 1 if name in ending else 0 for name in outer_modules(arch)
+    }
+    start = 0
+    for card, count in enumerate(counts):
+        for i in range(start, start + count):
+            names[f"{arch.layers_path}.{i}"] = card
+        start += count
+    return PlacementMap(device_map=names, layers_on_gpu=arch.layers)
+
+
+def outer_modules(arch: Architecture) -> list[str]:
+    """Module names of a model outside its layers: embeddings, rotary tables, final norm, towers, head."""
+    base = arch.layers_path.rsplit(".", 1)[0]
+    names = [item.name.rsplit(".", 1)[0] for item in arch.embeddings]
+    names += [f"{base}.rotary_emb"] if any(layer.attention.rope for layer in arch.kinds) else []
+    names += [arch.final_norm.name] if arch.final_norm else []
+    names += [item.name for item in arch.linears]
+    names += [item.name.rsplit(".", 1)[0] for item in arch.parameters]
+    names += [_beside(arch.layers_path, name) for tower in arch.towers for name in _tensors(tower)]
+    names += [_head(arch)]
+    return list(dict.fromkeys(names))
+
+
+def _head(arch: Architecture) -> str:
+    return arch.head.name if arch.head else "lm_head"
+
+
+def _tensors(tower: Tower) -> list[str]:
+    """Module or tensor paths that a tower consists of."""
+    outside: list[Linear | Parameter] = [*tower.linears, *tower.parameters]
+    return [*([tower.name] if tower.blocks else []), *(item.name for item in outside)]
+
+
+def _beside(layers_path: str, name: str) -> str:
+    """The outermost module on the way to `name` that does not hold the text model's layers.
+
+    >>> _beside("model.language_model.layers", "model.vision_tower.encoder.layers")
+    'model.vision_tower'
+    """
+    path, ours = name.split("."), layers_path.split(".")
+    shared = next((i for i, (a, b) in enumerate(zip(path, ours, strict=False)) if a != b), len(ours))
+    return ".".join(path[: shared + 1])

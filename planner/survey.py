@@ -1,0 +1,278 @@
+"""What `check` asks: for each job a model allows, does it run on this hardware, how fast, and with what room.
+
+A job is tried the plain way first: everything on the card with default settings. Where that does not fit, the
+settings that save memory are tried, then part of the weights in RAM, then on disk. The first way that fits is
+shown. Without a card, the need is that of any card, and the CPU is what is judged.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any, Literal
+
+from msgspec import Struct, field
+from msgspec.structs import replace
+
+from planner.errors import BadOption
+from planner.estimate import estimate
+from planner.limits import limits
+from planner.machine import budget, machine_from_gpus
+from planner.rank import Field
+from planner.reasons import notes
+from planner.reverse import smallest_cards
+from planner.strategies import INFER_SETTINGS, TRAIN_SETTINGS, legal_strategies, resolve_strategy
+from planner.types import GOOD, Estimate, Machine, Method, Placement, Quant, Strategy, Task, Verdict, Workload
+from planner.units import TIB, format_bytes
+from profiles.hardware import parse_capability
+from profiles.schema import Architecture, GpuProfile, ModelProfile
+
+_ANY_CARD = machine_from_gpus([], vram_bytes=1024 * TIB)
+_CLEARLY_LESS = 0.95
+_LIGHTEST_CARD = 0.95
+"""What the same run can need on another card: contexts and workspaces differ by a few hundred MiB at most."""
+_ON_CARD: tuple[Placement, ...] = ("full_gpu", "mixed_offload", "disk_offload")
+_LEAST_CAPABILITY = (7, 5)
+"""CUDA 13, which torch is built with, has no code for older cards."""
+
+
+class Job(Struct, frozen=True):
+    """One row of the page."""
+
+    id: str
+    label: str
+    task: Task
+    quant: Quant
+    method: Method | None = None
+
+    def of(self, workloads: Mapping[Task, Workload]) -> Workload:
+        """The workload of this job."""
+        work = workloads[self.task]
+        return work if self.method is None else replace(work, method=self.method)
+
+
+JOBS = (
+    Job("bf16", "run in bf16", "infer", "none"),
+    Job("int8", "run in int8", "infer", "int8"),
+    Job("nf4", "run in NF4", "infer", "nf4"),
+    Job("qlora", "train QLoRA", "train", "nf4", "qlora"),
+    Job("lora", "train LoRA", "train", "none", "lora"),
+    Job("full", "train full", "train", "none", "full"),
+)
+
+
+class Answer(Struct, frozen=True, kw_only=True):
+    """One job on one target."""
+
+    job: str
+    label: str
+    verdict: Verdict | Literal["not_possible"]
+    workload: Workload
+    strategy: Strategy | None = None
+    estimate: Estimate | None = None
+    """Of the way that is shown: the first that fits, else the plain one."""
+    need: Estimate | None = None
+    """On a card that holds everything: what one would need; None where no card could do it."""
+    reason: str | None = None
+    """Why it is not possible, or what was changed to make it fit."""
+    notes: tuple[str, ...] = ()
+    """What to know about this way on this hardware."""
+    longest_context_tokens: int | None = None
+    largest_batch_size: int | None = None
+
+
+class Target(Struct, frozen=True, kw_only=True):
+    """One machine of the page."""
+
+    name: str
+    machine: Machine
+    answers: tuple[Answer, ...]
+
+
+class Survey(Struct, frozen=True, kw_only=True):
+    """The whole page."""
+
+    schema: Literal["fitwright.check/1"] = "fitwright.check/1"
+    model: ModelProfile
+    workloads: dict[Task, Workload]
+    targets: tuple[Target, ...]
+    smallest_cards: dict[str, tuple[str, ...]] = {}
+    """Ids of the smallest cards that hold a job entirely, by job."""
+
+
+class Question(Struct, frozen=True):
+    """What is asked of every target."""
+
+    model: ModelProfile
+    arch: Architecture
+    workloads: dict[Task, Workload]
+    wishes: dict[str, Any] = field(default_factory=dict)
+    method: Method | None = None
+
+    def jobs(self) -> list[Job]:
+        """The rows that the options leave."""
+        wanted = self.wishes.get("quant")
+        return [
+            job
+            for job in JOBS
+            if job.task in self.workloads
+            and (self.method is None or job.task == "infer" or job.method == self.method)
+            and (wanted is None or job.quant == wanted or job.task == "train")
+        ]
+
+
+def survey(question: Question, targets: list[tuple[str, Machine]]) -> tuple[Target, ...]:
+    """Every job on every target.
+
+    Errors: `BadOption` when the options leave no job possible anywhere.
+    """
+    found = tuple(
+        Target(
+            name=name,
+            machine=machine,
+            answers=tuple(answer(question, job, machine) for job in question.jobs()),
+        )
+        for name, machine in targets
+    )
+    answers = [each for target in found for each in target.answers]
+    if answers and all(each.verdict == "not_possible" for each in answers):
+        raise BadOption(answers[0].reason or "no job is possible with these options")
+    return found
+
+
+def answer(question: Question, job: Job, machine: Machine) -> Answer:
+    """One job on one machine: the first way that fits, else the plain way."""
+    work = job.of(question.workloads)
+    pinned = {**_wishes_for(question.wishes, work), "quant": job.quant}
+    need = _need(question, work, pinned) if not machine.gpus else None
+    row = Answer(job=job.id, label=job.label, verdict="not_possible", workload=work, need=need)
+    tried: list[tuple[Strategy, Estimate]] = []
+    refusal: str | None = None
+    for how in _ways(question, machine, work, pinned):
+        if isinstance(how, BadOption):
+            refusal = refusal or str(how)
+            continue
+        shown = estimate(question.model, machine, work, how)
+        tried.append((how, shown))
+        if shown.verdict in GOOD:
+            row = _with(row, question, machine, how, shown, _changed(tried[0][0], how, shown))
+            if not machine.gpus:
+                return row
+            most = limits(question.model, machine, work, how)
+            return replace(
+                row, longest_context_tokens=most.context_tokens, largest_batch_size=most.batch_size
+            )
+    if not tried:
+        return replace(row, reason=refusal)
+    return _with(row, question, machine, *tried[0], _least(tried))
+
+
+def _with(
+    row: Answer, question: Question, machine: Machine, how: Strategy, shown: Estimate, reason: str | None
+) -> Answer:
+    """The row with the way that is shown."""
+    remarks = notes(Field(question.arch, machine, row.workload), how)
+    return replace(row, verdict=shown.verdict, strategy=how, estimate=shown, reason=reason, notes=remarks)
+
+
+def _least(tried: list[tuple[Strategy, Estimate]]) -> str | None:
+    """What the most sparing way on a card needs, where that is clearly less than the plain way."""
+    on_card = [
+        (how, shown, max(gpu.process_bytes for gpu in shown.gpus))
+        for how, shown in tried
+        if how.placement == "full_gpu" and shown.gpus
+    ]
+    if not on_card:
+        return None
+    how, shown, least = min(on_card, key=lambda way: way[2])
+    changed = _changed(on_card[0][0], how, shown)
+    if changed is None or least > _CLEARLY_LESS * on_card[0][2]:
+        return None
+    return f"at least {format_bytes(least)}, {changed}"
+
+
+def _wishes_for(wishes: Mapping[str, Any], work: Workload) -> dict[str, Any]:
+    """Wishes without those of the other task."""
+    other = INFER_SETTINGS if work.task == "train" else TRAIN_SETTINGS
+    return {name: value for name, value in wishes.items() if name not in other}
+
+
+def _ways(
+    question: Question, machine: Machine, work: Workload, pinned: dict[str, Any]
+) -> Iterator[Strategy | BadOption]:
+    """Strategies in the order they are tried; a refusal in place of a placement that is not possible."""
+    placements: tuple[Placement, ...] = _ON_CARD if machine.gpus else ("cpu",)
+    if "placement" in pinned:
+        placements = (pinned["placement"],)
+    for placement in placements:
+        try:
+            plain = resolve_strategy(question.arch, machine, work, {**pinned, "placement": placement})
+        except BadOption as refusal:
+            yield refusal
+            continue
+        yield plain
+        legal, _ = legal_strategies(question.arch, machine, work, {**pinned, "placement": placement})
+        yield from (how for how in legal if how != plain)
+
+
+def _need(question: Question, work: Workload, pinned: dict[str, Any]) -> Estimate | None:
+    """The plain way on a card that holds anything."""
+    try:
+        how = resolve_strategy(question.arch, _ANY_CARD, work, {**pinned, "placement": "full_gpu"})
+    except BadOption:
+        return None
+    return estimate(question.model, _ANY_CARD, work, how)
+
+
+def _changed(plain: Strategy, how: Strategy, estimated: Estimate) -> str | None:
+    """What differs from the plain way, as text."""
+    names = {"optimizer": "", "loss": " loss", "cache": " cache", "attention": " attention"}
+    changes = [
+        f"{getattr(how, name)}{suffix}"
+        for name, suffix in names.items()
+        if getattr(how, name) != getattr(plain, name)
+    ]
+    where = estimated.placement
+    layers = where.layers_on_gpu + where.layers_in_ram + where.layers_on_disk
+    if how.placement == "mixed_offload":
+        changes.append(f"{where.layers_in_ram} of {layers} layers in RAM")
+    elif how.placement == "disk_offload":
+        changes.append(f"{where.layers_on_disk} of {layers} layers on disk")
+    return "with " + ", ".join(changes) if changes else None
+
+
+def smallest(question: Question, cards: Iterable[GpuProfile], count: int) -> dict[str, tuple[str, ...]]:
+    """Ids of the smallest cards that hold each job entirely, none where no card of `cards` does."""
+    sold = [
+        (card, budget(machine_from_gpus([(card, 1)]).gpus[0])[0]) for card in cards if _worth_buying(card)
+    ]
+    found = {}
+    for job in question.jobs():
+        work = job.of(question.workloads)
+        pinned = {**_wishes_for(question.wishes, work), "quant": job.quant}
+        pinned.pop("placement", None)
+        least = _least_bytes(question, work, pinned)
+        large = [
+            card
+            for card, room in sold
+            if least is not None and room >= least and (card.bf16 or job.quant != "none")
+        ]
+        fits = smallest_cards(question.model, work, large, pinned=pinned, count=count)
+        found[job.id] = tuple(fit.gpu.id for fit in fits)
+    return found
+
+
+def _least_bytes(question: Question, work: Workload, pinned: dict[str, Any]) -> int | None:
+    """What the most sparing way needs at least, so that cards which are certainly too small are left out."""
+    try:
+        ways, _ = legal_strategies(question.arch, _ANY_CARD, work, {**pinned, "placement": "full_gpu"})
+    except BadOption:
+        return None
+    estimates = [estimate(question.model, _ANY_CARD, work, how) for how in ways]
+    return int(_LIGHTEST_CARD * min(each.gpus[0].high_bytes for each in estimates))
+
+
+def _worth_buying(card: GpuProfile) -> bool:
+    """Cards sold on their own that the executor is built for and current CUDA builds still support."""
+    if card.vendor != "nvidia" or card.form in ("laptop", "chip") or card.id.endswith("-modded"):
+        return False
+    return (parse_capability(card.compute_capability) or (0, 0)) >= _LEAST_CAPABILITY
