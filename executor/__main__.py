@@ -1,0 +1,7 @@
+"""`python -m executor` is the command `executor`."""
+
+import sys
+
+from executor.cli import main
+
+sys.exit(main())

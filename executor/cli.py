@@ -1,0 +1,250 @@
+"""`executor`: carry out a plan, rehearse it with random weights, or see both at work on a tiny model."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+from executor.errors import BadOption, FitwrightError
+from executor.options import RunOptions
+
+ENGINES = ("resident", "accelerate", "stream")
+SCHEDULES = ("linear", "cosine", "constant", "constant_with_warmup")
+
+
+class _Parser(argparse.ArgumentParser):
+    """Bad usage reads like every other error: one line, exit 2."""
+
+    def error(self, message: str) -> NoReturn:
+        raise BadOption(message, f"see `{self.prog} --help`")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point of the command; returns the exit code."""
+    debug = "--debug" in (sys.argv[1:] if argv is None else argv)
+    try:
+        args = parser().parse_args(argv)
+        return int(args.command(args))
+    except FitwrightError as error:
+        if debug and error.exit_code == 2:
+            raise
+        print(f"error: {error}", file=sys.stderr)
+        if error.hint:
+            print(f"hint: {error.hint}", file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        print("error: interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        sys.stderr.close()
+        return 0
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line of `executor`."""
+    top = _Parser(prog="executor", description=__doc__, allow_abbrev=False)
+    commands = top.add_subparsers(required=True, metavar="COMMAND", parser_class=_Parser)
+    for name, text in (
+        ("run", "carry out a plan: generate text or fine-tune"),
+        ("rehearse", "the plan with random weights in the real shapes: memory and speed before any download"),
+    ):
+        sub = commands.add_parser(name, help=text, description=text, allow_abbrev=False)
+        _add_run_options(sub, rehearse=name == "rehearse")
+        sub.set_defaults(command=_run, rehearse=name == "rehearse")
+    _add_probe(commands)
+    _add_report(commands)
+    quick = commands.add_parser(
+        "quickstart",
+        help="check, plan and fine-tune a tiny built-in model: no downloads, no GPU needed",
+        allow_abbrev=False,
+    )
+    quick.add_argument(
+        "--output",
+        type=Path,
+        metavar="DIR",
+        help="where to leave the files (default: a new temporary folder)",
+    )
+    quick.add_argument("--debug", action="store_true", help="tracebacks and the libraries' own messages")
+    quick.set_defaults(command=_quickstart)
+    return top
+
+
+def _add_probe(commands: Any) -> None:
+    text = "measure this machine's link, memory, arithmetic and disk once; the planner uses it from then on"
+    p = commands.add_parser("probe", help=text, description=text, allow_abbrev=False)
+    p.add_argument(
+        "--folder", type=Path, metavar="DIR", help="test the disk of this folder (default: the current one)"
+    )
+    p.add_argument("--json", action="store_true", help="print the result as JSON and nothing else on stdout")
+    p.add_argument("--debug", action="store_true", help="tracebacks and the libraries' own messages")
+    p.set_defaults(command=_probe)
+
+
+def _add_report(commands: Any) -> None:
+    text = "predicted against measured: of one run, or of every run on this machine"
+    p = commands.add_parser("report", help=text, description=text, allow_abbrev=False)
+    p.add_argument(
+        "run_dir", type=Path, nargs="?", metavar="RUN_DIR", help="the --output folder of a run (default: all)"
+    )
+    p.add_argument("--json", action="store_true", help="print JSON and nothing else on stdout")
+    p.add_argument("--debug", action="store_true", help="tracebacks")
+    p.set_defaults(command=_report)
+
+
+def _add_run_options(p: argparse.ArgumentParser, rehearse: bool) -> None:
+    p.add_argument("plan", type=Path, metavar="PLAN", help="plan.json, as `planner plan -o` writes it")
+    p.add_argument(
+        "--output", type=Path, metavar="DIR", help="where the run leaves its files (default: under ./runs)"
+    )
+    p.add_argument(
+        "--candidate", type=_at_least(1), metavar="N", help="only this candidate of the plan (1 is the best)"
+    )
+    p.add_argument("--engine", choices=ENGINES, help="in place of the candidate's engine")
+    p.add_argument(
+        "--resident-layers", type=_at_least(0), metavar="N", help="layers kept on the card (engine stream)"
+    )
+    p.add_argument(
+        "--vram-cap", type=_size, metavar="SIZE", help="run as if the card had this much memory, like 8GiB"
+    )
+    p.add_argument(
+        "--seed", type=_at_least(0), default=0, metavar="N", help="seed of every random number (default 0)"
+    )
+    p.add_argument("--offline", action="store_true", help="never use the network")
+    p.add_argument(
+        "--deterministic", action="store_true", help="deterministic kernels on the card (slower, more memory)"
+    )
+    p.add_argument(
+        "--no-preflight",
+        dest="preflight",
+        action="store_false",
+        help="try even what this machine has no room for now",
+    )
+    p.add_argument("--restart", action="store_true", help="forget an earlier run in DIR and begin again")
+    p.add_argument(
+        "--trust-remote-code", action="store_true", help="run Python code that comes with the model"
+    )
+    p.add_argument("--json", action="store_true", help="print the report as JSON and nothing else on stdout")
+    p.add_argument("--debug", action="store_true", help="tracebacks and the libraries' own messages")
+    _add_inference_options(p.add_argument_group("generation"), rehearse)
+    _add_training_options(p.add_argument_group("training"), rehearse)
+
+
+def _add_inference_options(p: argparse._ArgumentGroup, rehearse: bool) -> None:
+    if not rehearse:
+        p.add_argument("--prompt", action="append", default=[], metavar="TEXT", help="a prompt (repeatable)")
+        p.add_argument(
+            "--prompts", type=Path, metavar="FILE", help='JSONL of {"prompt": ...} or {"messages": [...]}'
+        )
+    p.add_argument(
+        "--max-new-tokens", type=_at_least(1), metavar="N", help="in place of the plan's new tokens"
+    )
+    p.add_argument("--greedy", action="store_true", help="always the likeliest token")
+    p.add_argument("--temperature", type=_number(0.0, 100.0), metavar="X", help="sample at this temperature")
+    p.add_argument(
+        "--top-p", type=_number(0.0, 1.0), metavar="X", help="sample among the likeliest X of probability"
+    )
+
+
+def _add_training_options(p: argparse._ArgumentGroup, rehearse: bool) -> None:
+    p.add_argument("--max-steps", type=_at_least(1), metavar="N", help="stop after this many optimizer steps")
+    p.add_argument(
+        "--learning-rate", type=_number(0.0, 1000.0), metavar="X", help="peak rate (2e-4; full: 2e-5)"
+    )
+    if rehearse:
+        return
+    p.add_argument(
+        "--dataset", type=Path, metavar="FILE", help="JSONL of messages, of prompt and completion, or of text"
+    )
+    p.add_argument(
+        "--lr-schedule", choices=SCHEDULES, default="linear", help="how the rate falls (default linear)"
+    )
+    p.add_argument(
+        "--warmup-ratio",
+        type=_number(0.0, 1.0),
+        default=0.0,
+        metavar="X",
+        help="part of the steps to warm up",
+    )
+    p.add_argument(
+        "--epochs", type=_number(0.0, 1e6), default=1.0, metavar="X", help="passes over the data (default 1)"
+    )
+    p.add_argument(
+        "--save-steps", type=_at_least(1), metavar="N", help="steps between checkpoints (default: a tenth)"
+    )
+    p.add_argument(
+        "--eval-split", type=_number(0.0, 0.9), default=0.0, metavar="X", help="part of the rows held out"
+    )
+    p.add_argument(
+        "--packing",
+        action="store_true",
+        help="several rows in one sequence, kept apart by the attention mask",
+    )
+    p.add_argument(
+        "--report-to", choices=("none", "tensorboard"), default="none", help="where losses are logged too"
+    )
+
+
+def _at_least(least: int):  # type: ignore[no-untyped-def]
+    def read(text: str) -> int:
+        value = int(text)
+        if value < least:
+            raise argparse.ArgumentTypeError(f"must be at least {least}")
+        return value
+
+    read.__name__ = "whole number"
+    return read
+
+
+def _number(low: float, high: float):  # type: ignore[no-untyped-def]
+    def read(text: str) -> float:
+        value = float(text)
+        if not low <= value <= high:
+            raise argparse.ArgumentTypeError(f"must be between {low:g} and {high:g}")
+        return value
+
+    read.__name__ = "number"
+    return read
+
+
+def _size(text: str) -> int:
+    from planner.units import parse_size
+
+    return parse_size(text)
+
+
+def _run(args: argparse.Namespace) -> int:
+    given = {k: v for k, v in vars(args).items() if k not in {"command", "prompt", "prompts", "vram_cap"}}
+    options = RunOptions(
+        **given,
+        prompts=tuple(getattr(args, "prompt", ())),
+        prompts_file=getattr(args, "prompts", None),
+        vram_cap_bytes=args.vram_cap,
+    )
+    from executor.run import run
+
+    return run(options)
+
+
+def _probe(args: argparse.Namespace) -> int:
+    from executor.probe_command import probe
+
+    return probe(args.folder, args.json, args.debug)
+
+
+def _report(args: argparse.Namespace) -> int:
+    from executor.report_command import report
+
+    return report(args.run_dir, args.json)
+
+
+def _quickstart(args: argparse.Namespace) -> int:
+    from executor.quickstart import quickstart
+
+    return quickstart(args.output, debug=args.debug)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,48 @@
+"""What a run works on: prompts or training rows, read and checked before anything heavy is imported."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+
+from executor.errors import BadOption
+from executor.infer import Prompt, prompts_of
+from executor.options import RunOptions
+from executor.rows import Row, read_examples
+from planner.types import Workload
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """Prompts for inference, rows for training; neither in a rehearsal."""
+
+    prompts: tuple[Prompt, ...] = ()
+    rows: tuple[Row, ...] = ()
+    digest: str | None = None
+    """SHA-256 of the file they came from."""
+
+
+def read_inputs(workload: Workload, options: RunOptions) -> Inputs:
+    """The inputs that the plan's task needs.
+
+    Errors: `BadOption` when they are missing or belong to the other task, `BadDataset` for a bad row.
+    """
+    if options.rehearse:
+        return Inputs()
+    if workload.task == "infer":
+        if options.dataset is not None:
+            raise BadOption("--dataset is for training and the plan is for inference")
+        return Inputs(prompts=tuple(prompts_of(options)), digest=_digest(options.prompts_file))
+    if options.prompts or options.prompts_file is not None:
+        raise BadOption("--prompt is for inference and the plan is for training", "give --dataset FILE.jsonl")
+    if options.dataset is None:
+        raise BadOption("training needs a dataset", "give --dataset FILE.jsonl, or use `executor rehearse`")
+    return Inputs(rows=tuple(read_examples(options.dataset)), digest=_digest(options.dataset))
+
+
+def _digest(path: Path | None) -> str | None:
+    if path is None:
+        return None
+    with open(path, "rb") as f:
+        return hashlib.file_digest(f, "sha256").hexdigest()

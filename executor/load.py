@@ -1,0 +1,177 @@
+"""A candidate's settings as arguments of transformers, and the loading that every engine shares."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from executor.device import torch_dtype
+from executor.errors import BadWeights, CannotHonour
+from executor.random_weights import lazy_state_dict
+from executor.source import ModelSource
+from planner.types import Strategy
+
+if TYPE_CHECKING:
+    import torch
+
+
+def quantization_config(strategy: Strategy) -> Any:
+    """bitsandbytes settings of a strategy: NF4 with double quantization, LLM.int8, or None."""
+    from transformers import BitsAndBytesConfig
+
+    if strategy.quant == "nf4":
+        return BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=torch_dtype(strategy.dtype),
+        )
+    return BitsAndBytesConfig(load_in_8bit=True) if strategy.quant == "int8" else None
+
+
+def load_model(
+    source: ModelSource,
+    strategy: Strategy,
+    device_map: dict[str, Any],
+    device: torch.device,
+    seed: int,
+    remote_code: bool = False,
+    offload_folder: Path | None = None,
+) -> Any:
+    """The model in eval mode, placed by `device_map`; random weights where `source` has no folder.
+
+    `offload_folder`: where layers on "disk" go that no checkpoint file holds as the model needs them.
+
+    Errors: `BadWeights` naming tensors that the checkpoint lacks or that have other shapes.
+    """
+
+    config = read_config(source, remote_code)
+    common: dict[str, Any] = {
+        "config": config,
+        "dtype": torch_dtype(strategy.dtype),
+        "attn_implementation": attention_for(config, strategy),
+        "device_map": device_map,
+        "quantization_config": quantization_config(strategy),
+        "output_loading_info": True,
+        "offload_folder": offload_folder,
+    }
+    if source.folder is None:
+        dtype, attention = common["dtype"], common["attn_implementation"]
+        kind, state = lazy_state_dict(config, dtype, device, seed, attention)
+        model, info = kind.from_pretrained(None, state_dict=state, **common)
+    else:
+        model, info = _from_folder(source, common, remote_code)
+    _refuse_incomplete(info, source)
+    return model.eval()
+
+
+def _from_folder(source: ModelSource, common: dict[str, Any], remote_code: bool) -> tuple[Any, Any]:
+    from safetensors import SafetensorError
+    from transformers import AutoModelForCausalLM
+
+    try:
+        return AutoModelForCausalLM.from_pretrained(
+            source.folder,
+            use_safetensors=True,
+            local_files_only=True,
+            trust_remote_code=remote_code,
+            **common,
+        )
+    except SafetensorError as error:
+        raise BadWeights(f"{source.folder}: {error}", "download the weights again") from None
+
+
+def read_config(source: ModelSource, remote_code: bool) -> Any:
+    """transformers' config object: from the folder, else from the config facts of the plan.
+
+    Errors: `CannotHonour` for an architecture transformers lacks, or one that needs remote code without
+    leave.
+    """
+    from transformers import AutoConfig
+
+    if source.folder is None:
+        return make_config(source.config)
+    try:
+        return AutoConfig.from_pretrained(source.folder, local_files_only=True, trust_remote_code=remote_code)
+    except (OSError, ValueError, KeyError) as error:
+        if "trust_remote_code" in str(error):
+            raise CannotHonour(
+                f"{source.folder} needs Python code that comes with it",
+                "give --trust-remote-code if you trust its authors",
+            ) from None
+        raise CannotHonour(f"transformers cannot read {source.folder}: {_first_line(error)}") from None
+
+
+def attention_for(config: Any, strategy: Strategy) -> str:
+    """The strategy's attention, or eager where transformers' class of this model refuses it."""
+    from transformers import AutoModelForCausalLM
+
+    wanted = strategy.attention
+    try:
+        kind = AutoModelForCausalLM._model_mapping[type(config)]
+    except KeyError:
+        return wanted
+    supported = getattr(
+        kind, {"sdpa": "_supports_sdpa", "flash_attention_2": "_supports_flash_attn"}.get(wanted, ""), True
+    )
+    return wanted if supported else "eager"
+
+
+def make_config(facts: dict[str, Any]) -> Any:
+    """transformers' config object from the config facts of a plan."""
+    from transformers import AutoConfig
+
+    fields = {
+        k: v for k, v in facts.items() if k not in {"model_type", "architectures", "quantization_config"}
+    }
+    try:
+        return AutoConfig.for_model(facts["model_type"], **fields)
+    except (KeyError, ValueError) as error:
+        raise CannotHonour(
+            f"transformers cannot build this architecture: {str(error).splitlines()[0][:160]}"
+        ) from None
+
+
+def load_tokenizer(source: ModelSource, remote_code: bool = False) -> Any:
+    """The tokenizer beside the weights, with a padding token.
+
+    Errors: `BadWeights` when the folder has none.
+    """
+    from transformers import AutoTokenizer
+
+    if source.folder is None:
+        return None
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(
+            source.folder, local_files_only=True, trust_remote_code=remote_code
+        )
+    except (OSError, ValueError, KeyError) as error:
+        raise BadWeights(
+            f"{source.folder} has no usable tokenizer: {_first_line(error)}",
+            "put tokenizer.json beside the weights",
+        ) from None
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def _first_line(error: Exception) -> str:
+    text = str(error).strip()
+    return text.splitlines()[0][:160] if text else type(error).__name__
+
+
+def layer_count(model: Any) -> int:
+    """Decoder layers of the text model."""
+    return int(model.config.get_text_config().num_hidden_layers)
+
+
+def _refuse_incomplete(info: dict[str, Any], source: ModelSource) -> None:
+    missing = sorted(info.get("missing_keys") or ())
+    if missing:
+        raise BadWeights(
+            f"{source.folder} lacks {len(missing)} tensor(s) of the model, first {missing[0]}",
+            "download the weights again",
+        )
+    mismatched = sorted(str(entry[0]) for entry in info.get("mismatched_keys") or ())
+    if mismatched:
+        raise BadWeights(f"{source.folder}: the shape of {mismatched[0]} does not match config.json")

@@ -1,0 +1,63 @@
+"""What the command line asks of one run."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunOptions:
+    """Options of `executor run` and `rehearse`. None: as the plan says, or the library's default."""
+
+    plan: Path
+    rehearse: bool = False
+    output: Path | None = None
+    candidate: int | None = None
+    engine: str | None = None
+    resident_layers: int | None = None
+    vram_cap_bytes: int | None = None
+    max_steps: int | None = None
+    seed: int = 0
+    offline: bool = False
+    restart: bool = False
+    trust_remote_code: bool = False
+    deterministic: bool = False
+    preflight: bool = True
+    json: bool = False
+    debug: bool = False
+    # inference
+    prompts: tuple[str, ...] = ()
+    prompts_file: Path | None = None
+    max_new_tokens: int | None = None
+    greedy: bool = False
+    temperature: float | None = None
+    top_p: float | None = None
+    # training
+    dataset: Path | None = None
+    learning_rate: float | None = None
+    lr_schedule: str = "linear"
+    warmup_ratio: float = 0.0
+    epochs: float = 1.0
+    save_steps: int | None = None
+    eval_split: float = 0.0
+    packing: bool = False
+    report_to: str = "none"
+
+    def settings(self) -> dict[str, Any]:
+        """Everything that changes what a run computes; a run is resumed only under the same settings."""
+        skipped = {
+            "output",
+            "offline",
+            "restart",
+            "json",
+            "debug",
+            "plan",
+            "report_to",
+            "save_steps",
+            "vram_cap_bytes",
+            "preflight",
+        }
+        values = {k: v for k, v in asdict(self).items() if k not in skipped}
+        return {k: str(v) if isinstance(v, Path) else v for k, v in values.items()}

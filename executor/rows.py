@@ -1,0 +1,132 @@
+"""Rows of a JSONL file of examples or prompts, each checked, each error named by file and line.
+
+Three forms of example, one per line: {"messages": [...]}, {"prompt": ..., "completion": ...}, {"text": ...}.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from executor.errors import BadDataset
+
+Message = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Row:
+    """One example. Exactly one of `messages`, `prompt` with `completion`, and `text` is set.
+
+    In `messages`, what the assistant says from index `answer_from` on is learned."""
+
+    line: int
+    messages: tuple[Message, ...] | None = None
+    answer_from: int = 0
+    prompt: str | None = None
+    completion: str | None = None
+    text: str | None = None
+
+
+def read_examples(path: Path) -> list[Row]:
+    """All examples of a training file.
+
+    Errors: `BadDataset` naming the line of the first bad row, or that the file is missing or empty.
+    """
+    rows = [_example(path, line, record) for line, record in _records(path)]
+    if not rows:
+        raise BadDataset(f"{path} has no rows")
+    return rows
+
+
+def read_prompts(path: Path) -> list[str | tuple[Message, ...]]:
+    """All prompts of a file of {"prompt": text} or {"messages": [...]} rows.
+
+    Errors: `BadDataset` as for `read_examples`.
+    """
+    prompts: list[str | tuple[Message, ...]] = []
+    for line, record in _records(path):
+        if isinstance(record.get("prompt"), str):
+            prompts.append(record["prompt"])
+        elif "messages" in record:
+            prompts.append(_messages(path, line, record["messages"], "messages"))
+        else:
+            raise _bad(path, line, 'a prompt row needs "prompt" (text) or "messages"')
+    if not prompts:
+        raise BadDataset(f"{path} has no rows")
+    return prompts
+
+
+def _records(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    try:
+        with open(path, "rb") as f:
+            for number, raw in enumerate(f, 1):
+                if raw.strip():
+                    yield number, _record(path, number, raw)
+    except OSError as error:
+        raise BadDataset(f"cannot read {path}: {error.strerror}") from None
+
+
+def _record(path: Path, number: int, raw: bytes) -> dict[str, Any]:
+    try:
+        record = json.loads(raw.decode("utf-8-sig" if number == 1 else "utf-8"))
+    except UnicodeDecodeError:
+        raise _bad(path, number, "is not UTF-8 text") from None
+    except (ValueError, RecursionError) as error:
+        reason = error.msg if isinstance(error, json.JSONDecodeError) else "nested too deeply"
+        raise _bad(path, number, f"is not JSON: {reason}") from None
+    if not isinstance(record, dict):
+        raise _bad(path, number, "is not a JSON object")
+    return record
+
+
+def _example(path: Path, line: int, record: dict[str, Any]) -> Row:
+    if "messages" in record:
+        return _conversation(path, line, _messages(path, line, record["messages"], "messages"), 0)
+    if "prompt" in record and "completion" in record:
+        return _completion(path, line, record["prompt"], record["completion"])
+    if "text" in record:
+        return Row(line, text=_text(path, line, record["text"], "text"))
+    raise _bad(path, line, 'needs "messages", "prompt" with "completion", or "text"')
+
+
+def _completion(path: Path, line: int, prompt: Any, completion: Any) -> Row:
+    if isinstance(prompt, list) and isinstance(completion, list):
+        before = _messages(path, line, prompt, "prompt")
+        return _conversation(
+            path, line, before + _messages(path, line, completion, "completion"), len(before)
+        )
+    return Row(
+        line,
+        prompt=_text(path, line, prompt, "prompt"),
+        completion=_text(path, line, completion, "completion"),
+    )
+
+
+def _conversation(path: Path, line: int, messages: tuple[Message, ...], answer_from: int) -> Row:
+    if not any(m["role"] == "assistant" for m in messages[answer_from:]):
+        raise _bad(path, line, "has no assistant message to learn from")
+    return Row(line, messages=messages, answer_from=answer_from)
+
+
+def _messages(path: Path, line: int, value: Any, name: str) -> tuple[Message, ...]:
+    if not isinstance(value, list) or not value:
+        raise _bad(path, line, f'"{name}" must be a list of messages')
+    for message in value:
+        if not isinstance(message, dict) or not isinstance(message.get("role"), str):
+            raise _bad(path, line, f'every message of "{name}" needs a "role"')
+        if not isinstance(message.get("content"), str):
+            raise _bad(path, line, f'every message of "{name}" needs a "content" that is text')
+    return tuple(value)
+
+
+def _text(path: Path, line: int, value: Any, name: str) -> str:
+    if not isinstance(value, str) or not value:
+        raise _bad(path, line, f'"{name}" must be text that is not empty')
+    return value
+
+
+def _bad(path: Path, line: int, what: str) -> BadDataset:
+    return BadDataset(f"{path}, line {line}: {what}", "mend the row or take it out")

@@ -1,0 +1,190 @@
+"""`executor run` and `rehearse`: from plan.json to report.json."""
+
+from __future__ import annotations
+
+import gc
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from executor import ui
+from executor.engines import find_engine
+from executor.errors import CannotHonour, FitwrightError, Interrupted, OutOfMemory
+from executor.inputs import Inputs, read_inputs
+from executor.options import RunOptions
+from executor.output import OutputDirectory
+from executor.plan_file import candidates_to_try, load_plan
+from executor.preflight import Now, clear
+from executor.quiet import silence
+from executor.source import ModelSource, find_weights, without_weights
+from executor.stopping import StopRequest
+from executor.surroundings import look
+from planner.types import Candidate, Plan, RunReport
+
+
+def run(options: RunOptions) -> int:
+    """Carry a plan out; returns the exit code.
+
+    Errors: subclasses of `FitwrightError` with their exit codes: 2 bad input, 3 out of memory on every
+    candidate, 130 interrupted.
+    """
+    silence(options.debug)
+    plan = load_plan(options.plan)
+    candidates = tuple(_override(c, options) for c in candidates_to_try(plan, options.candidate))
+    find_engine(candidates[0].engine, options.resident_layers)
+    if options.vram_cap_bytes is not None and candidates[0].strategy.placement == "cpu":
+        raise CannotHonour("--vram-cap is for a candidate that runs on a card; this one runs on the CPU")
+    inputs = read_inputs(plan.workload, options)
+    output = OutputDirectory(_output_path(plan, options, inputs))
+    status = output.open(plan.digest, _settings(options, inputs), options.restart)
+    try:
+        if status == "finished":
+            return _show_finished(output, plan, options)
+        now = look(plan.model, output.path, options.rehearse)
+        candidates, left, warnings = clear(
+            plan, candidates, now, options.vram_cap_bytes, options.rehearse, options.preflight
+        )
+        for line in (*left, *(f"warning: {text}" for text in warnings)):
+            ui.say(line)
+        source = (
+            without_weights(plan.model)
+            if options.rehearse
+            else find_weights(plan.model, options.offline, options.trust_remote_code)
+        )
+        with StopRequest() as stop:
+            return _carry_out(plan, candidates, left, now, options, inputs, source, output, stop)
+    except BaseException:
+        output.forget_if_empty()
+        raise
+    finally:
+        output.close()
+
+
+def _carry_out(
+    plan: Plan,
+    candidates: tuple[Candidate, ...],
+    left: tuple[str, ...],
+    now: Now,
+    options: RunOptions,
+    inputs: Inputs,
+    source: ModelSource,
+    output: OutputDirectory,
+    stop: StopRequest,
+) -> int:
+    from executor.ledger import remember
+    from executor.report import make_report, write_report
+
+    outcome, skipped = _first_that_runs(plan, candidates, left, options, inputs, source, output, stop)
+    interrupted = outcome.trained is not None and outcome.trained.interrupted
+    report = make_report(plan, outcome, skipped, "interrupted" if interrupted else "finished")
+    write_report(output.report, report)
+    if interrupted:
+        raise Interrupted(f"interrupted after step {report.steps}", "the same command goes on from there")
+    output.finish()
+    remember(plan, outcome.candidate, report, now, options)
+    _show(report, outcome.candidate, output, options)
+    return 0
+
+
+def _first_that_runs(
+    plan: Plan,
+    candidates: tuple[Candidate, ...],
+    left: tuple[str, ...],
+    options: RunOptions,
+    inputs: Inputs,
+    source: ModelSource,
+    output: OutputDirectory,
+    stop: StopRequest,
+) -> Any:
+    """The outcome of the first candidate that does not run out of memory, and why earlier ones were left:
+    those that preflight has `left`, and those that were tried."""
+    from executor.attempt import Attempt
+    from executor.card import Card
+    from executor.memory_errors import describe_out_of_memory, is_out_of_memory
+
+    _show_only_card(candidates)
+    card = Card()
+    skipped = list(left)
+    for candidate in candidates:
+        attempt = Attempt(plan, candidate, options, inputs, source, output, card, stop)
+        try:
+            return attempt.run(), tuple(skipped)
+        except FitwrightError as error:
+            # the first candidate is what was asked for; a later one is only a way out, and so is the next
+            if not skipped or error.exit_code != 2:
+                raise
+            skipped.append(f"candidate {candidate.rank}: {error}")
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            skipped.append(
+                f"candidate {candidate.rank}: {describe_out_of_memory(error, candidate, attempt.meter)}"
+            )
+        ui.say(skipped[-1])
+        del attempt
+        _release()
+    raise OutOfMemory(
+        "out of memory on every candidate tried: " + "; ".join(skipped),
+        "close what else uses the card, or plan with a smaller batch, sequence or precision",
+    )
+
+
+def _release() -> None:
+    import torch
+
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def _show_only_card(candidates: tuple[Candidate, ...]) -> None:
+    """Let CUDA see just the card of a plan for one card, numbered as NVML and nvidia-smi do."""
+    cards = {place for c in candidates for place in c.device_map.values() if isinstance(place, int)}
+    os.environ.setdefault("CUDA_DEVICE_ORDER", "PCI_BUS_ID")
+    if len(cards) == 1 and "CUDA_VISIBLE_DEVICES" not in os.environ and "torch" not in sys.modules:
+        os.environ["CUDA_VISIBLE_DEVICES"] = str(cards.pop())
+
+
+def _override(candidate: Candidate, options: RunOptions) -> Candidate:
+    if options.engine is None:
+        return candidate
+    return msgspec.structs.replace(candidate, engine=options.engine)
+
+
+def _settings(options: RunOptions, inputs: Inputs) -> dict[str, Any]:
+    return {**options.settings(), "input": inputs.digest}
+
+
+def _output_path(plan: Plan, options: RunOptions, inputs: Inputs) -> Path:
+    if options.output is not None:
+        return options.output
+    import hashlib
+    import re
+
+    model = re.sub(r"[^A-Za-z0-9._-]+", "-", plan.model.id).strip(".-")[:60] or "model"
+    job = plan.workload.method if plan.workload.task == "train" else "infer"
+    key = msgspec.json.encode([plan.digest, _settings(options, inputs)])
+    return Path("runs") / f"{model}-{job}-{hashlib.sha256(key).hexdigest()[:8]}"
+
+
+def _show_finished(output: OutputDirectory, plan: Plan, options: RunOptions) -> int:
+    from executor.report import read_report
+
+    report = read_report(output.report)
+    ui.say(f"{output.path} holds this run, finished; --restart begins again")
+    _show(report, candidates_to_try(plan, report.candidate)[0], output, options)
+    return 0
+
+
+def _show(report: RunReport, candidate: Candidate, output: OutputDirectory, options: RunOptions) -> None:
+    if options.json:
+        from executor.report import to_json
+
+        print(to_json(report))
+    else:
+        from executor.table import show
+
+        show(report, candidate, output.path)

@@ -1,0 +1,90 @@
+"""Predicted against measured as a table; plain text where there is no terminal."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from executor.report import pairs
+from planner.types import Candidate, RunReport
+from planner.units import format_bytes
+
+_LABELS = {
+    "load_bytes": "after loading",
+    "allocated_peak_bytes": "allocated peak",
+    "context_bytes": "context and libraries",
+    "process_bytes": "process, spare of the allocator included",
+    "managed_bytes": "managed memory",
+    "ram_bytes": "host RAM",
+    "decode_tokens_per_s": "decode tokens/s",
+    "prefill_tokens_per_s": "prefill tokens/s",
+    "train_tokens_per_s": "training tokens/s",
+}
+
+
+def show(report: RunReport, candidate: Candidate, folder: Path) -> None:
+    """Print the report's table and where things are to stdout."""
+    from rich.console import Console
+    from rich.markup import escape
+
+    console = Console(highlight=False)
+    console.print(_head(report))
+    console.print(_table(report, candidate))
+    if report.task == "train" and report.losses:
+        console.print(f"loss {report.losses[0]:.4f} → {report.losses[-1]:.4f} over {report.steps} steps")
+    for line in (*report.skipped, *report.notes):
+        console.print(f"[dim]note:[/dim] {escape(line)}", soft_wrap=True)
+    for name in ("adapter", "model", "outputs.jsonl", "report.json"):
+        if (folder / name).exists():
+            console.print(f"{name:<14} {escape(str(folder / name))}", soft_wrap=True)
+
+
+def _head(report: RunReport) -> str:
+    strategy = report.strategy
+    job = report.workload.method if report.task == "train" else "inference"
+    return (
+        f"[bold]{report.model.id}[/bold]  {job}, {strategy.dtype}, weights {strategy.quant}, "
+        f"engine {report.engine}, on {report.environment.get('gpu') or report.device}"
+    )
+
+
+def _table(report: RunReport, candidate: Candidate) -> Any:
+    from rich.box import SIMPLE_HEAD
+    from rich.table import Table
+
+    table = Table(box=SIMPLE_HEAD, pad_edge=False)
+    table.add_column("figure")
+    for name in ("predicted", "measured", "error"):
+        table.add_column(name, justify="right")
+    for name, predicted, measured in table_rows(report, candidate):
+        known = predicted and measured is not None
+        error = f"{measured / predicted - 1:+.1%}" if known else "—"  # type: ignore[operator]
+        table.add_row(name, _value(name, predicted), _value(name, measured), error)
+    return table
+
+
+def table_rows(report: RunReport, candidate: Candidate) -> list[tuple[str, float | None, float | None]]:
+    """(label, predicted, measured) of every figure one side knows, components after their totals."""
+    rows: list[tuple[str, float | None, float | None]] = []
+    components = _component_rows(report, candidate)
+    for name, (predicted, measured) in pairs(candidate, report).items():
+        if predicted or measured:
+            rows.append((_LABELS[name], predicted, measured))
+        if name == "allocated_peak_bytes":
+            rows += components
+    return rows
+
+
+def _component_rows(report: RunReport, candidate: Candidate) -> list[tuple[str, float | None, float | None]]:
+    on_card = report.load_bytes is not None
+    gpus = candidate.estimate.gpus
+    lines = gpus[0].components if on_card and gpus else candidate.estimate.host.components
+    predicted = {line.name: line.bytes for line in lines}
+    names = list(dict.fromkeys([*predicted, *report.components]))
+    return [(f"  {name}", predicted.get(name), report.components.get(name)) for name in names]
+
+
+def _value(label: str, value: float | None) -> str:
+    if value is None:
+        return "—"
+    return f"{value:,.1f}" if label.endswith("tokens/s") else format_bytes(int(value))

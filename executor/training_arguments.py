@@ -1,0 +1,94 @@
+"""A strategy's settings as transformers' TrainingArguments, and the loss that goes with them."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from executor.losses import chunked_loss
+from executor.options import RunOptions
+from planner.types import Strategy, Workload
+
+if TYPE_CHECKING:
+    import torch
+
+LEARNING_RATE = {"full": 5e-5, "lora": 2e-4, "qlora": 2e-4}
+"""Peak rates where none is given: transformers' default, and the customary fourfold for adapters."""
+
+
+def training_arguments(
+    workload: Workload,
+    strategy: Strategy,
+    options: RunOptions,
+    output: Path,
+    device: torch.device,
+    total: int,
+    notes: list[str],
+) -> Any:
+    """TrainingArguments for `total` optimizer steps; what had to differ from the strategy goes to `notes`."""
+    from transformers import TrainingArguments
+
+    on_card = device.type == "cuda"
+    if not on_card and "paged" in strategy.optimizer:
+        notes.append(f"{strategy.optimizer}: paging needs a CUDA card; the same optimizer ran unpaged")
+    logged = options.report_to != "none"
+    if logged:
+        os.environ["TENSORBOARD_LOGGING_DIR"] = str(output / "logs")
+    arguments = TrainingArguments(
+        output_dir=str(output),
+        per_device_train_batch_size=workload.batch_size,
+        per_device_eval_batch_size=workload.batch_size,
+        gradient_accumulation_steps=workload.gradient_accumulation_steps,
+        max_steps=total,
+        learning_rate=LEARNING_RATE[workload.method]
+        if options.learning_rate is None
+        else options.learning_rate,
+        lr_scheduler_type=options.lr_schedule,
+        warmup_steps=math.ceil(options.warmup_ratio * total),
+        optim=strategy.optimizer,
+        bf16=strategy.dtype == "bf16",
+        fp16=strategy.dtype == "fp16",
+        use_cpu=not on_card,
+        gradient_checkpointing=strategy.gradient_checkpointing,
+        gradient_checkpointing_kwargs={"use_reentrant": False} if strategy.gradient_checkpointing else None,
+        use_liger_kernel=strategy.kernels == "liger" and on_card,
+        save_strategy="steps",
+        save_steps=_save_steps(options, total),
+        logging_strategy="steps" if logged else "no",
+        logging_steps=1,
+        report_to=[options.report_to] if logged else [],
+        prediction_loss_only=True,
+        remove_unused_columns=False,
+        dataloader_pin_memory=on_card,
+        disable_tqdm=True,
+        seed=options.seed,
+        data_seed=options.seed,
+        full_determinism=options.deterministic,
+    )
+    arguments._n_gpu = min(arguments.n_gpu, 1)  # several visible cards would silently become DataParallel
+    return arguments
+
+
+def _save_steps(options: RunOptions, total: int) -> int:
+    if options.save_steps is not None:
+        return options.save_steps
+    return total + 1 if options.rehearse else max(1, total // 10)
+
+
+def choose_loss(
+    strategy: Strategy, device: torch.device, model: Any, notes: list[str]
+) -> contextlib.AbstractContextManager[None]:
+    """The chunked loss where the fused one is asked for and liger's kernels do not bring it."""
+    liger = strategy.kernels == "liger" and device.type == "cuda"
+    if strategy.kernels == "liger" and not liger:
+        notes.append("kernels liger need a CUDA card; torch's ran instead")
+    if liger:
+        from liger_kernel.transformers.monkey_patch import MODEL_TYPE_TO_APPLY_LIGER_FN
+
+        if model.config.model_type in MODEL_TYPE_TO_APPLY_LIGER_FN:
+            return contextlib.nullcontext()
+        notes.append(f"liger has no kernels for {model.config.model_type}; torch's ran instead")
+    return chunked_loss(model) if strategy.loss == "fused" else contextlib.nullcontext()

@@ -1,0 +1,77 @@
+"""`--vram-cap`: run as if the whole card had SIZE.
+
+The allocator gets a hard cap of SIZE minus the context measured in this process, so that reserved + context +
+managed stays within SIZE. The context grows while kernels are loaded for the first time; `tighten` follows
+it.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from executor.errors import CannotHonour
+from planner.units import MIB, format_bytes
+
+if TYPE_CHECKING:
+    import torch
+
+    from executor.card import Card
+
+GRANULE = 2 * MIB
+"""The driver hands out device memory in pieces of this size."""
+
+
+class VramCap:
+    """A hard cap on everything this process takes of one card."""
+
+    def __init__(self, size_bytes: int, card: Card, device: torch.device) -> None:
+        import torch
+
+        self.size_bytes = size_bytes
+        self._card, self._device = card, device
+        self._total = torch.cuda.get_device_properties(device).total_memory
+        self._context = 0
+        if size_bytes > self._total:
+            raise CannotHonour(
+                f"--vram-cap {format_bytes(size_bytes)} is more than the card's {format_bytes(self._total)}"
+            )
+        self.tighten()
+
+    @property
+    def allocator_bytes(self) -> int:
+        """What the allocator may reserve now."""
+        return self.size_bytes - self._context
+
+    def tighten(self, managed_bytes: int = 0) -> None:
+        """Measure the context again and lower the allocator's cap if it has grown.
+
+        Errors: `CannotHonour` when the context alone is larger than the cap or cannot be measured.
+        """
+        import torch
+
+        measured = self._card.context_bytes()
+        if measured is None:
+            raise CannotHonour(
+                "--vram-cap needs NVML to measure the context", "install the driver's NVML library"
+            )
+        context = measured - managed_bytes if managed_bytes else measured
+        if context <= self._context:
+            return
+        self._context = context
+        if self.allocator_bytes <= GRANULE:
+            raise CannotHonour(
+                f"--vram-cap {format_bytes(self.size_bytes)} leaves nothing beside the context of "
+                f"{format_bytes(context)}"
+            )
+        if torch.cuda.memory_reserved(self._device) > self.allocator_bytes:
+            torch.cuda.empty_cache()
+        torch.cuda.set_per_process_memory_fraction(self.allocator_bytes / self._total, self._device)
+
+    def note(self, reserved: int, context: int, managed: int) -> str:
+        """Whether the run kept within the cap, for the report."""
+        total = reserved + context + managed
+        verdict = "kept within" if total <= self.size_bytes else "EXCEEDED"
+        return (
+            f"{verdict} --vram-cap {self.size_bytes} bytes: reserved {reserved} + context {context} + "
+            f"managed {managed} = {total}"
+        )
