@@ -1,0 +1,116 @@
+"""Tiny models, plans by hand, and the command as users run it."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+
+from planner.plan import digest_of, write_plan
+from planner.types import (
+    Candidate,
+    DiskEstimate,
+    Estimate,
+    HostEstimate,
+    Machine,
+    ModelRef,
+    Plan,
+    PlanModel,
+    Speed,
+    Stack,
+    Strategy,
+    Workload,
+)
+
+if importlib.util.find_spec("torch") is None:
+    collect_ignore = [
+        f"test_executor_{part}.py" for part in ("examples", "losses", "parts", "process", "run")
+    ]
+
+STACK = Stack("2.11", "5.17", "0.50", "0.21")
+
+
+def make_plan(path: Path, model: Path, workload: Workload, *strategies: Strategy, **model_facts: Any) -> Path:
+    """Write a plan with one candidate per strategy; the first has rank 1."""
+    config = json.loads((model / "config.json").read_text())
+    candidates = tuple(_candidate(rank, s) for rank, s in enumerate(strategies, 1))
+    facts = {"id": model.name, "parameters": 1, "path": str(model), "config": config, **model_facts}
+    plan = Plan(
+        model=PlanModel(**facts), stack=STACK, machine=Machine(), workload=workload, candidates=candidates
+    )
+    write_plan(msgspec.structs.replace(plan, digest=digest_of(msgspec.to_builtins(plan))), path)
+    return path
+
+
+def _candidate(rank: int, strategy: Strategy) -> Candidate:
+    estimate = Estimate(
+        model=ModelRef("tiny", 1),
+        stack=STACK,
+        gpus=(),
+        host=HostEstimate(ram_bytes=10**9),
+        disk=DiskEstimate(),
+        speed=Speed(),
+        verdict="fits",
+    )
+    return Candidate(
+        rank=rank,
+        strategy=strategy,
+        engine=strategy.engine,
+        device_map={"": "cpu"},
+        estimate=estimate,
+        speed=Speed(),
+    )
+
+
+CPU = {"placement": "cpu", "gradient_checkpointing": True}
+
+
+def strategy(**changes: Any) -> Strategy:
+    """A strategy on the CPU."""
+    return Strategy(**{**CPU, **changes})
+
+
+def environment(**changes: str) -> dict[str, str]:
+    """The environment of a command: the same number of threads everywhere, since the order of a sum's terms,
+    and so the last bits of every result, depends on it."""
+    return {**os.environ, "HF_HUB_OFFLINE": "1", "NO_COLOR": "1", "OMP_NUM_THREADS": "2", **changes}
+
+
+def executor(*args: Any, timeout: float = 120, **env: str) -> subprocess.CompletedProcess[str]:
+    """Run the command in a process of its own."""
+    return subprocess.run(
+        [sys.executable, "-m", "executor", *map(str, args)],
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        env=environment(**env),
+        check=False,
+    )
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A qwen2 of four small layers with a byte-level tokenizer and a dataset."""
+    from executor.tiny import write_tiny_model
+
+    folder = tmp_path_factory.mktemp("models") / "tiny"
+    write_tiny_model(folder, layers=4)
+    rows = [
+        {
+            "messages": [
+                {"role": "user", "content": f"What is {a} plus {b}?"},
+                {"role": "assistant", "content": f"{a} plus {b} is {a + b}."},
+            ]
+        }
+        for a in range(12)
+        for b in range(8)
+    ]
+    (folder / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder
