@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import fcntl
 import os
 from pathlib import Path
 
@@ -77,11 +78,13 @@ def _figures(candidate: Candidate, report: RunReport, side: int) -> Figures:
 
 
 def append(path: Path, entry: Entry) -> None:
-    """Add one line in one write; lines of several processes do not mix. Errors: `OSError`."""
+    """Add one line; lines of several processes do not mix. Errors: `OSError`."""
     path.parent.mkdir(parents=True, exist_ok=True)
     handle = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o644)
     try:
         line = line_of(entry)
+        # another's line may be half there for a moment; the lock goes with the handle, also after a kill
+        fcntl.flock(handle, fcntl.LOCK_EX)
         size = os.fstat(handle).st_size
         if size and os.pread(handle, 1, size - 1) != b"\n":
             line = b"\n" + line  # what a kill left half-written stays a line of its own
