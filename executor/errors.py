@@ -6,6 +6,7 @@ FitwrightError (planner)   exit 2
 ├── BadDataset             a row of a dataset or prompt file, named by its line
 ├── BadWeights             missing, truncated or foreign weights, named by tensor and file
 ├── CannotHonour           the candidate asks for what cannot be done here; nothing is put in its place
+├── CannotWrite            a disk is full, read-only or broken; what was saved before is kept
 ├── DirectoryInUse         another run holds the output directory, or it belongs to another plan
 ├── OutOfMemory            exit 3: every candidate ran out
 └── Interrupted            exit 130: ctrl-C or SIGTERM, after what could be saved was saved
@@ -21,6 +22,7 @@ __all__ = [
     "BadPlan",
     "BadWeights",
     "CannotHonour",
+    "CannotWrite",
     "DirectoryInUse",
     "FitwrightError",
     "Interrupted",
@@ -39,6 +41,10 @@ class BadWeights(FitwrightError):
 
 class CannotHonour(FitwrightError):
     """What the candidate or the command line asks for cannot be done on this machine."""
+
+
+class CannotWrite(FitwrightError):
+    """A file of the run could not be written: no space, no permission, a broken disk."""
 
 
 class DirectoryInUse(FitwrightError):

@@ -1,4 +1,4 @@
-"""ctrl-C and SIGTERM: the first asks for a checkpoint and a clean end, the second ends at once."""
+"""ctrl-C, SIGTERM, a closed terminal: the first asks for a checkpoint and a clean end, the second ends at once."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import Any
 from executor import ui
 
 EXIT_CODE = 130
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 class StopRequest:
@@ -25,8 +26,10 @@ class StopRequest:
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> StopRequest:
-        for number in (signal.SIGINT, signal.SIGTERM):
-            self._before[number] = signal.signal(number, self._receive)
+        for number in SIGNALS:
+            # nohup and background jobs of a shell have some ignored, and are to stay so
+            if signal.getsignal(number) is not signal.SIG_IGN:
+                self._before[number] = signal.signal(number, self._receive)
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -36,6 +39,7 @@ class StopRequest:
     def _receive(self, _number: int, _frame: FrameType | None) -> None:
         if self.requested:
             # a checkpoint being written stays under .partial and is swept away by the next run
+            ui.restore_terminal()
             os._exit(EXIT_CODE)
         self.requested = True
         if not self.graceful:

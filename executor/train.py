@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from executor import ui
 from executor.adapters import add_adapters
 from executor.batches import Collator, Examples, RandomTokens, pack, split
+from executor.checkpoints import last_whole
 from executor.engines import Loaded
 from executor.examples import prepare
 from executor.files import publish_folder
@@ -75,7 +76,7 @@ def train(job: Training) -> Trained:
     record = TrainingRecord(after_first_step=job.after_first_step)
     total = _total_steps(job, len(train_set))
     trainer = _make_trainer(job, model, train_set, eval_set, record, total, notes)
-    checkpoint = next(reversed(job.output.checkpoints()), None)
+    checkpoint = last_whole(job.output)
     resumed = int(checkpoint.name.split("-")[1]) if checkpoint is not None else 0
     if checkpoint is not None:
         record.losses.extend(read_progress(checkpoint))

@@ -14,6 +14,7 @@ from transformers.trainer_callback import ExportableState
 
 from executor import ui
 from executor.card import managed_bytes
+from executor.checkpoints import seal
 from executor.files import publish_folder, write_atomically
 from executor.measure import MomentMeter, tensor_bytes
 from executor.stopping import StopRequest
@@ -81,6 +82,7 @@ class RunTrainer(Trainer):
         self._save_rng_state(str(staging))
         self._save_trainer_state(staging)
         write_atomically(staging / PROGRESS_FILE, json.dumps({"losses": self.record.losses}))
+        seal(staging)
         publish_folder(staging, self.output / f"checkpoint-{self.state.global_step}")
         self._forget_old_checkpoints()
 

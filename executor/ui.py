@@ -2,18 +2,27 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 _PLAIN_EVERY_SECONDS = 10.0
 
 
 def say(text: str) -> None:
-    """One line to the user."""
-    print(text, file=sys.stderr, flush=True)
+    """One line to the user. A run goes on when nobody can read it any more: a closed pipe, a lost terminal."""
+    with suppress(OSError, ValueError):
+        print(text, file=sys.stderr, flush=True)
+
+
+def restore_terminal() -> None:
+    """Show the cursor that a live view hides; for an end that leaves no time to close the view."""
+    if is_terminal():
+        with suppress(OSError):
+            os.write(sys.stderr.fileno(), b"\x1b[?25h\n")
 
 
 def is_terminal() -> bool:
