@@ -13,7 +13,8 @@ from executor.engines import Loaded, LoadRequest, find_engine
 from executor.environment import describe
 from executor.infer import Generated, Generation, generate
 from executor.inputs import Inputs
-from executor.measure import HostSampler, MomentMeter
+from executor.measure import HostSampler, MomentMeter, held_bytes, resident_bytes
+from executor.memory_errors import Shortage, shortage
 from executor.options import RunOptions
 from executor.output import OutputDirectory
 from executor.quiet import silence_loaded
@@ -70,6 +71,8 @@ class Attempt:
         self.plan, self.candidate, self.options, self.inputs = plan, candidate, options, inputs
         self.source, self.output, self.card, self.stop = source, output, card, stop
         self.meter: MomentMeter | None = None
+        self._loaded: Loaded | None = None
+        self._outcome: Outcome | None = None
         self._cap: VramCap | None = None
         self._process_peak = 0
         self._context: int | None = None
@@ -85,23 +88,43 @@ class Attempt:
         device = choose_device(self.candidate)
         check_abilities(self.candidate, self.plan.workload, device)
         silence_loaded(self.options.debug)
-        outcome = Outcome(self.candidate, device)
+        outcome = self._outcome = Outcome(self.candidate, device)
         self._open_card(device)
         self.meter = MomentMeter(device)
         sampler = HostSampler()
         outcome.host_base_bytes = sampler.peak_bytes
-        loaded: Loaded | None = None
         try:
-            loaded = self._load(load, device, outcome)
+            loaded = self._loaded = self._load(load, device, outcome)
             self._work(loaded, device, outcome)
         except BaseException:
-            if loaded is not None:
-                loaded.close()
+            if self._loaded is not None:
+                self._loaded.close()
             raise
         finally:
             outcome.host_peak_bytes = sampler.stop()
         self._close(loaded, device, outcome)
+        self._loaded = None
         return outcome
+
+    def shortage(self, error: BaseException) -> Shortage:
+        """What was too small, after `run` ran out of memory; before `let_go`."""
+        moment = self.meter.current if self.meter is not None else None
+        device = self._outcome.device if self._outcome is not None else None
+        allocated: int | None
+        if device is not None and device.type == "cuda":
+            import torch
+
+            allocated = torch.cuda.memory_allocated(device)
+        else:
+            allocated = resident_bytes()
+        held = held_bytes(self._loaded.model) if self._loaded is not None else {}
+        if self._outcome is not None and self._outcome.load_bytes is not None and moment != "load":
+            held["weights"] = self._outcome.load_bytes
+        return shortage(error, self.plan, self.candidate, moment, allocated, held)
+
+    def let_go(self) -> None:
+        """Drop the model and everything measured on it."""
+        self._loaded = self._outcome = self._cap = None
 
     def _open_card(self, device: torch.device) -> None:
         if device.type != "cuda":

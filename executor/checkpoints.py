@@ -1,4 +1,4 @@
-"""Whole checkpoints only: each carries a list of its files, and one that does not match it is not resumed from.
+"""Whole checkpoints only: each lists its files, and one that does not match its list is not resumed from.
 
 A checkpoint appears in one rename after everything in it was flushed, so a kill or a power cut leaves none
 that is cut short. What a failing disk does later is found here, and the checkpoint before is taken.
@@ -60,8 +60,7 @@ def last_whole(output: OutputDirectory) -> Path | None:
 
 
 def _figures(path: Path) -> dict[str, Any]:
-    """Size, and SHA-256 of the first and last 32 MiB: of a large file, a digest of the whole would take longer
-    to check than to write."""
+    """Size, and SHA-256 of the first and last 32 MiB: hashing all of a large one takes too long."""
     size = path.stat().st_size
     with open(path, "rb") as f:
         digest = hashlib.sha256(f.read(_HASHED_BYTES))

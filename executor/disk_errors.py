@@ -48,7 +48,7 @@ def chain(error: BaseException | None) -> Iterator[BaseException]:
 
 
 def _errno(error: BaseException) -> int | None:
-    """The system's number for a failed write, 0 where the library does not pass it on, None for other errors."""
+    """The system's number for a failed write, 0 where a library keeps it back, None for other errors."""
     if isinstance(error, OSError):
         return error.errno if error.errno in FULL | BARRED else None
     text = str(error)

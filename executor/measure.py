@@ -136,6 +136,14 @@ def resident_bytes() -> int | None:
         return None
 
 
+def held_bytes(model: Any) -> dict[str, int]:
+    """Bytes of the lines of an estimate that can be read off a model in training, by the lines' names."""
+    trained = [p for p in model.parameters() if p.requires_grad]
+    grads = [p.grad for p in trained if p.grad is not None]
+    found = {"adapters": tensor_bytes(trained), "gradients": tensor_bytes(grads)}
+    return {name: n for name, n in found.items() if n}
+
+
 def tensor_bytes(tensors: Any) -> int:
     """Bytes of the distinct storages behind `tensors`."""
     seen: dict[int, int] = {}

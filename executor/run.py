@@ -2,36 +2,47 @@
 
 from __future__ import annotations
 
-import gc
 import os
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 
 from executor import ui
+from executor.disk_errors import writing_failed
 from executor.engines import find_engine
-from executor.errors import CannotHonour, FitwrightError, Interrupted, OutOfMemory
+from executor.errors import CannotHonour, FitwrightError, Interrupted
 from executor.inputs import Inputs, read_inputs
 from executor.options import RunOptions
 from executor.output import OutputDirectory
 from executor.plan_file import candidates_to_try, load_plan
 from executor.preflight import Now, clear
 from executor.quiet import silence
-from executor.source import ModelSource, find_weights, without_weights
+from executor.source import find_weights, without_weights
 from executor.stopping import StopRequest
 from executor.surroundings import look
 from planner.types import Candidate, Plan, RunReport
+
+if TYPE_CHECKING:
+    from executor.attempt import Outcome
 
 
 def run(options: RunOptions) -> int:
     """Carry a plan out; returns the exit code.
 
-    Errors: subclasses of `FitwrightError` with their exit codes: 2 bad input, 3 out of memory on every
-    candidate, 130 interrupted.
+    Errors: subclasses of `FitwrightError` with their exit codes: 2 bad input or a disk that takes no more,
+    3 out of memory on every candidate, 130 interrupted.
     """
     silence(options.debug)
+    with StopRequest() as stop:
+        try:
+            return _run(options, stop)
+        except KeyboardInterrupt:
+            raise Interrupted("interrupted", "the same command begins where its files end") from None
+
+
+def _run(options: RunOptions, stop: StopRequest) -> int:
     plan = load_plan(options.plan)
     candidates = tuple(_override(c, options) for c in candidates_to_try(plan, options.candidate))
     find_engine(candidates[0].engine, options.resident_layers)
@@ -43,21 +54,15 @@ def run(options: RunOptions) -> int:
     try:
         if status == "finished":
             return _show_finished(output, plan, options)
-        now = look(plan.model, output.path, options.rehearse)
-        candidates, left, warnings = clear(
-            plan, candidates, now, options.vram_cap_bytes, options.rehearse, options.preflight
-        )
-        for line in (*left, *(f"warning: {text}" for text in warnings)):
-            ui.say(line)
-        source = (
-            without_weights(plan.model)
-            if options.rehearse
-            else find_weights(plan.model, options.offline, options.trust_remote_code)
-        )
-        with StopRequest() as stop:
-            return _carry_out(plan, candidates, left, now, options, inputs, source, output, stop)
-    except BaseException:
+        return _carry_out(plan, candidates, options, inputs, output, stop)
+    except BaseException as error:
+        output.sweep()
         output.forget_if_empty()
+        failure = None
+        if not isinstance(error, FitwrightError):
+            failure = writing_failed(error, output.path, output.has_progress())
+        if failure is not None:
+            raise failure from error
         raise
     finally:
         output.close()
@@ -66,18 +71,51 @@ def run(options: RunOptions) -> int:
 def _carry_out(
     plan: Plan,
     candidates: tuple[Candidate, ...],
-    left: tuple[str, ...],
-    now: Now,
     options: RunOptions,
     inputs: Inputs,
-    source: ModelSource,
     output: OutputDirectory,
     stop: StopRequest,
+) -> int:
+    from executor.ladder import Job, first_that_runs
+
+    candidates, left = _from_where_it_was(candidates, output)
+    now = look(plan.model, output.path, options.rehearse)
+    candidates, refused, warnings = clear(
+        plan, candidates, now, options.vram_cap_bytes, options.rehearse, options.preflight
+    )
+    for line in (*refused, *(f"warning: {text}" for text in warnings)):
+        ui.say(line)
+    source = (
+        without_weights(plan.model)
+        if options.rehearse
+        else find_weights(plan.model, options.offline, options.trust_remote_code)
+    )
+    _show_only_card(candidates)
+    job = Job(plan=plan, options=options, inputs=inputs, source=source, output=output, stop=stop)
+    outcome, skipped = first_that_runs(job, candidates, (*left, *refused))
+    return _report(plan, outcome, skipped, now, options, output)
+
+
+def _from_where_it_was(
+    candidates: tuple[Candidate, ...], output: OutputDirectory
+) -> tuple[tuple[Candidate, ...], tuple[str, ...]]:
+    """A resumed run begins with the candidate it had come to; those before it had been left."""
+    reached, left = output.reached
+    rest = tuple(c for c in candidates if c.rank >= reached)
+    return (rest, left) if rest and reached else (candidates, ())
+
+
+def _report(
+    plan: Plan,
+    outcome: Outcome,
+    skipped: tuple[str, ...],
+    now: Now,
+    options: RunOptions,
+    output: OutputDirectory,
 ) -> int:
     from executor.ledger import remember
     from executor.report import make_report, write_report
 
-    outcome, skipped = _first_that_runs(plan, candidates, left, options, inputs, source, output, stop)
     interrupted = outcome.trained is not None and outcome.trained.interrupted
     report = make_report(plan, outcome, skipped, "interrupted" if interrupted else "finished")
     write_report(output.report, report)
@@ -87,57 +125,6 @@ def _carry_out(
     remember(plan, outcome.candidate, report, now, options)
     _show(report, outcome.candidate, output, options)
     return 0
-
-
-def _first_that_runs(
-    plan: Plan,
-    candidates: tuple[Candidate, ...],
-    left: tuple[str, ...],
-    options: RunOptions,
-    inputs: Inputs,
-    source: ModelSource,
-    output: OutputDirectory,
-    stop: StopRequest,
-) -> Any:
-    """The outcome of the first candidate that does not run out of memory, and why earlier ones were left:
-    those that preflight has `left`, and those that were tried."""
-    from executor.attempt import Attempt
-    from executor.card import Card
-    from executor.memory_errors import describe_out_of_memory, is_out_of_memory
-
-    _show_only_card(candidates)
-    card = Card()
-    skipped = list(left)
-    for candidate in candidates:
-        attempt = Attempt(plan, candidate, options, inputs, source, output, card, stop)
-        try:
-            return attempt.run(), tuple(skipped)
-        except FitwrightError as error:
-            # the first candidate is what was asked for; a later one is only a way out, and so is the next
-            if not skipped or error.exit_code != 2:
-                raise
-            skipped.append(f"candidate {candidate.rank}: {error}")
-        except (RuntimeError, MemoryError) as error:
-            if not is_out_of_memory(error):
-                raise
-            skipped.append(
-                f"candidate {candidate.rank}: {describe_out_of_memory(error, candidate, attempt.meter)}"
-            )
-        ui.say(skipped[-1])
-        del attempt
-        _release()
-    raise OutOfMemory(
-        "out of memory on every candidate tried: " + "; ".join(skipped),
-        "close what else uses the card, or plan with a smaller batch, sequence or precision",
-    )
-
-
-def _release() -> None:
-    import torch
-
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
 
 
 def _show_only_card(candidates: tuple[Candidate, ...]) -> None:

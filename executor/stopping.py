@@ -1,4 +1,4 @@
-"""ctrl-C, SIGTERM, a closed terminal: the first asks for a checkpoint and a clean end, the second ends at once."""
+"""ctrl-C, SIGTERM, a closed terminal: the first asks for a checkpoint and a clean end, the second ends it."""
 
 from __future__ import annotations
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from executor.memory_errors import Shortage
 from executor.report import pairs
 from planner.types import Candidate, RunReport
 from planner.units import format_bytes
@@ -37,6 +39,39 @@ def show(report: RunReport, candidate: Candidate, folder: Path) -> None:
     for name in ("adapter", "model", "outputs.jsonl", "report.json"):
         if (folder / name).exists():
             console.print(f"{name:<14} {escape(str(folder / name))}", soft_wrap=True)
+
+
+def show_left(tried: Sequence[tuple[Candidate, Shortage | None, str]], before: Sequence[str]) -> None:
+    """Every candidate that was left, on stderr: what was predicted for the moment it failed in, what it asked
+    for, what it could have, and the line that was too small."""
+    from rich.box import SIMPLE_HEAD
+    from rich.console import Console
+    from rich.markup import escape
+    from rich.table import Table
+
+    table = Table(box=SIMPLE_HEAD, pad_edge=False)
+    for name in ("candidate", "ran out in", "predicted", "asked for", "room", "line"):
+        table.add_column(name, justify="right" if name in ("predicted", "asked for", "room") else "left")
+    for candidate, lack, reason in tried:
+        if lack is None:
+            table.add_row(_way(candidate), "—", "—", "—", "—", escape(reason))
+            continue
+        sizes = (lack.predicted_bytes, lack.wanted_bytes, lack.room_bytes)
+        line = lack.line or lack.said
+        if lack.line is not None and lack.line_wanted_bytes is not None:
+            predicted, needed = format_bytes(lack.line_predicted_bytes), format_bytes(lack.line_wanted_bytes)
+            line = f"{line}: {predicted} predicted, {needed} needed"
+        cells = ["—" if n is None else format_bytes(n) for n in sizes]
+        table.add_row(_way(candidate), lack.moment.replace("_", " "), *cells, escape(line))
+    console = Console(stderr=True, highlight=False)
+    for reason in before:
+        console.print(escape(reason), soft_wrap=True)
+    console.print(table)
+
+
+def _way(candidate: Candidate) -> str:
+    how = candidate.strategy
+    return f"{candidate.rank}: {how.dtype}, {how.quant}, {how.placement}"
 
 
 def _head(report: RunReport) -> str:

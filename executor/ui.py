@@ -13,7 +13,7 @@ _PLAIN_EVERY_SECONDS = 10.0
 
 
 def say(text: str) -> None:
-    """One line to the user. A run goes on when nobody can read it any more: a closed pipe, a lost terminal."""
+    """One line to the user. The run goes on when nobody can read it any more: a closed pipe or terminal."""
     with suppress(OSError, ValueError):
         print(text, file=sys.stderr, flush=True)
 
