@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib.util
 import json
 import os
@@ -31,7 +32,8 @@ from planner.types import (
 
 if importlib.util.find_spec("torch") is None:
     collect_ignore = [
-        f"test_executor_{part}.py" for part in ("examples", "losses", "parts", "process", "run")
+        f"test_executor_{part}.py"
+        for part in ("examples", "infer", "infer_graph", "losses", "parts", "process", "run")
     ]
 
 STACK = Stack("2.11", "5.17", "0.50", "0.21")
@@ -93,6 +95,12 @@ def executor(*args: Any, timeout: float = 120, **env: str) -> subprocess.Complet
         env=environment(**env),
         check=False,
     )
+
+
+def digest(path: Path) -> str:
+    """SHA-256 of a file. Two files are compared through it: pytest explains the difference of two large byte
+    strings line by line, for minutes."""
+    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 @pytest.fixture(scope="session")

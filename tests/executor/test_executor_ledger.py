@@ -68,7 +68,7 @@ def test_a_torn_line_does_not_take_the_next_one_with_it() -> None:
 def test_lines_of_several_writers_do_not_mix() -> None:
     with ThreadPoolExecutor(8) as pool:
         list(pool.map(lambda _: append(ledger(), ENTRY), range(200)))
-    assert ledger().read_bytes() == 200 * line_of(ENTRY)
+    assert ledger().read_bytes().splitlines(keepends=True) == 200 * [line_of(ENTRY)]
 
 
 # --------------------------------------------------------------------------- report

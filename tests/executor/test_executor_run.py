@@ -10,7 +10,7 @@ from typing import Any
 
 import msgspec
 import pytest
-from conftest import make_plan, strategy
+from conftest import digest, make_plan, strategy
 
 from executor.cli import main
 from planner.types import RunReport, Workload
@@ -82,7 +82,7 @@ def test_same_seed_same_bytes_other_seed_other_bytes(tmp_path: Path, tiny: Path)
     adapters = []
     for name, seed in (("a", 1), ("b", 1), ("c", 2)):
         train(plan, tiny, tmp_path / name, "--seed", seed, steps=3)
-        adapters.append((tmp_path / name / "adapter" / "adapter_model.safetensors").read_bytes())
+        adapters.append(digest(tmp_path / name / "adapter" / "adapter_model.safetensors"))
     assert adapters[0] == adapters[1] != adapters[2]
 
 
@@ -102,7 +102,7 @@ def test_resume_from_any_checkpoint_ends_with_the_same_bytes(tmp_path: Path, tin
         report = train(plan, tiny, cut, *epochs, steps=55)
         assert report.resumed_from_step == int(kept.split("-")[1])
         assert report.losses == whole.losses and report.steps == 55
-        same = [(d / "adapter/adapter_model.safetensors").read_bytes() for d in (tmp_path / "whole", cut)]
+        same = [digest(d / "adapter/adapter_model.safetensors") for d in (tmp_path / "whole", cut)]
         assert same[0] == same[1]
 
 
