@@ -7,9 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from executor.errors import BadOption
-from executor.infer import Prompt, prompts_of
 from executor.options import RunOptions
+from executor.prompts import Prompt, prompts_of
 from executor.rows import Row, read_examples
+from executor.sampling import check_sampling
 from planner.types import Workload
 
 
@@ -33,6 +34,7 @@ def read_inputs(workload: Workload, options: RunOptions) -> Inputs:
     if workload.task == "infer":
         if options.dataset is not None:
             raise BadOption("--dataset is for training and the plan is for inference")
+        check_sampling(options)
         return Inputs(prompts=tuple(prompts_of(options)), digest=_digest(options.prompts_file))
     if options.prompts or options.prompts_file is not None:
         raise BadOption("--prompt is for inference and the plan is for training", "give --dataset FILE.jsonl")

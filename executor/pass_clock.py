@@ -18,7 +18,7 @@ class PassClock:
         self.prefill_seconds = self.decode_seconds = 0.0
         self._began = self._second = 0.0
         self._passes = 0
-        self._handle = find_decoder(model).register_forward_pre_hook(self._count)
+        self._handle = find_decoder(model).register_forward_pre_hook(self.count)
 
     def start(self) -> None:
         """A call of `generate` begins."""
@@ -39,7 +39,8 @@ class PassClock:
         """Take the hook away."""
         self._handle.remove()
 
-    def _count(self, *_: Any) -> None:
+    def count(self, *_: Any) -> None:
+        """A pass begins. Called by a hook of the model, and before a recorded pass is replayed."""
         self._passes += 1
         # generate has read the first token back by now, so the card has finished the first pass
         if self._passes == 2:

@@ -39,7 +39,9 @@ if importlib.util.find_spec("torch") is None:
 STACK = Stack("2.11", "5.17", "0.50", "0.21")
 
 
-def make_plan(path: Path, model: Path, workload: Workload, *strategies: Strategy, **model_facts: Any) -> Path:
+def make_plan(
+    path: Path, model: Path, workload: Workload, /, *strategies: Strategy, **model_facts: Any
+) -> Path:
     """Write a plan with one candidate per strategy; the first has rank 1."""
     config = json.loads((model / "config.json").read_text())
     candidates = tuple(_candidate(rank, s) for rank, s in enumerate(strategies, 1))
