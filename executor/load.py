@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -9,6 +11,7 @@ from executor.device import torch_dtype
 from executor.errors import BadWeights, CannotHonour
 from executor.random_weights import lazy_state_dict
 from executor.source import ModelSource
+from executor.weights import read_headers
 from planner.types import Strategy
 
 if TYPE_CHECKING:
@@ -54,15 +57,42 @@ def load_model(
         "quantization_config": quantization_config(strategy),
         "output_loading_info": True,
         "offload_folder": offload_folder,
+        "ignore_mismatched_sizes": True,  # they are refused below, by name and file
     }
     if source.folder is None:
         dtype, attention = common["dtype"], common["attn_implementation"]
         kind, state = lazy_state_dict(config, dtype, device, seed, attention)
-        model, info = kind.from_pretrained(None, state_dict=state, **common)
+        with whole_errors():
+            model, info = kind.from_pretrained(None, state_dict=state, **common)
     else:
-        model, info = _from_folder(source, common, remote_code)
+        with whole_errors():
+            model, info = _from_folder(source, common, remote_code)
     _refuse_incomplete(info, source)
     return model.eval()
+
+
+@contextmanager
+def whole_errors() -> Iterator[None]:
+    """Let errors of loading through as they are.
+
+    transformers notes an error while a tensor is converted or quantized in a log and raises another one at
+    the end, in which running out of memory cannot be told from corrupt weights.
+    """
+    from transformers import core_model_loading
+
+    @contextmanager
+    def let_through(*_: Any, **__: Any) -> Iterator[None]:
+        yield
+
+    noted = getattr(core_model_loading, "log_conversion_errors", None)
+    if noted is None:
+        yield
+        return
+    core_model_loading.log_conversion_errors = let_through
+    try:
+        yield
+    finally:
+        core_model_loading.log_conversion_errors = noted
 
 
 def _from_folder(source: ModelSource, common: dict[str, Any], remote_code: bool) -> tuple[Any, Any]:
@@ -172,6 +202,23 @@ def _refuse_incomplete(info: dict[str, Any], source: ModelSource) -> None:
             f"{source.folder} lacks {len(missing)} tensor(s) of the model, first {missing[0]}",
             "download the weights again",
         )
-    mismatched = sorted(str(entry[0]) for entry in info.get("mismatched_keys") or ())
+    mismatched = sorted(tuple(entry) for entry in info.get("mismatched_keys") or ())
     if mismatched:
-        raise BadWeights(f"{source.folder}: the shape of {mismatched[0]} does not match config.json")
+        name, there, asked = mismatched[0]
+        raise BadWeights(
+            f"{_file_of(source, name)}: {name} has the shape {_shape(there)} and config.json asks for "
+            f"{_shape(asked)}",
+            "config.json or the weights are of another model; download both again",
+        )
+
+
+def _file_of(source: ModelSource, tensor: str) -> Path | None:
+    """The weight file of a tensor; the folder where the loader has renamed it."""
+    if source.folder is None:
+        return None
+    found = read_headers(source.folder).get(tensor)
+    return found.file if found is not None else source.folder
+
+
+def _shape(shape: Any) -> str:
+    return "x".join(map(str, shape))

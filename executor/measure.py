@@ -24,13 +24,14 @@ class MomentMeter:
         self.moments: dict[str, int] = {}
         self.reserved_peak_bytes = 0
         self._now: str | None = None
+        self._last: str | None = None
         self._on = device.type == "cuda"
 
     def enter(self, moment: str) -> None:
         """From here on it is `moment`."""
         if moment != self._now:
             self.leave()
-            self._now = moment
+            self._now = self._last = moment
 
     def leave(self) -> None:
         """Close the present moment: take its peak and start the next from what is allocated now."""
@@ -49,8 +50,8 @@ class MomentMeter:
 
     @property
     def current(self) -> str | None:
-        """The moment the run is in, for the message of an out-of-memory error."""
-        return self._now
+        """The moment the run is in or was in last, for the message of an out-of-memory error."""
+        return self._last
 
     def peak_bytes(self, without: tuple[str, ...] = ("load",)) -> int | None:
         """Maximum over the moments after loading; None where nothing is measured."""

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from executor import ui
+from executor.containment import refuse_strange_names, refuse_way_out
 from executor.errors import BadWeights
 from executor.quiet import stay_offline
-from executor.weights import check_weights
+from executor.weights import check_weights, read_headers, refuse_packed_numbers
 from planner.types import PlanModel
 from planner.units import format_bytes
 
@@ -34,12 +36,14 @@ def find_weights(model: PlanModel, offline: bool, remote_code: bool = False) -> 
 
     Errors: `BadWeights` when they are nowhere, incomplete, or do not fit on the disk.
     """
+    refuse_strange_names(model)
     if model.path is not None:
         folder = Path(model.path)
-        folder = folder.parent if folder.is_file() else folder
-        if not folder.is_dir():
+        folder = folder.parent if _is(folder, Path.is_file) else folder
+        if not _is(folder, Path.is_dir):
             raise BadWeights(
-                f"the plan's model folder {folder} is not there", "make the plan again where the model is"
+                f"the plan's model folder {str(folder)[:200]} is not there",
+                "make the plan again where the model is",
             )
     elif model.repo_id is not None:
         folder = _from_hub(model.repo_id, model.revision, offline, remote_code)
@@ -47,25 +51,39 @@ def find_weights(model: PlanModel, offline: bool, remote_code: bool = False) -> 
         raise BadWeights(
             f"the plan names no weights for {model.id}", "`executor rehearse` runs it with random weights"
         )
-    _refuse_other_model(folder, model)
+    config = _refuse_other_model(folder, model)
+    refuse_way_out(folder)
     size = check_weights(folder)
+    if not config.get("quantization_config"):
+        refuse_packed_numbers(folder, read_headers(folder))
     stay_offline()
     return ModelSource(folder, dict(model.config), size)
 
 
-def _refuse_other_model(folder: Path, model: PlanModel) -> None:
+def _is(path: Path, what: Callable[[Path], bool]) -> bool:
+    """A name that no file system takes is neither file nor folder."""
+    try:
+        return what(path)
+    except OSError:
+        return False
+
+
+def _refuse_other_model(folder: Path, model: PlanModel) -> dict[str, Any]:
     """The plan's numbers hold for the facts it was made from; weights of another shape are another job."""
     try:
-        config = json.loads((folder / "config.json").read_text())
-    except (OSError, ValueError):
-        raise BadWeights(f"cannot read {folder / 'config.json'}", "download the model again") from None
+        config = json.loads((folder / "config.json").read_bytes())
+    except (OSError, ValueError, RecursionError):
+        config = None
+    if not isinstance(config, dict):
+        raise BadWeights(f"cannot read {folder / 'config.json'}", "download the model again")
     for name, planned in model.config.items():
-        found = config.get(name, planned) if isinstance(config, dict) else None
+        found = config.get(name, planned)
         if type(planned) is int and found != planned:
             raise BadWeights(
                 f"{folder} is another model than the plan's: {name} is {found}, planned was {planned}",
                 "make the plan again",
             )
+    return config
 
 
 def without_weights(model: PlanModel) -> ModelSource:
