@@ -7,12 +7,11 @@ the option table is imported until a command is known; rich only when a table is
 from __future__ import annotations
 
 import argparse
-import contextlib
 import importlib
 import os
 import sys
 from collections.abc import Sequence
-from typing import NoReturn
+from typing import NoReturn, TextIO
 
 from planner import options
 from planner.errors import BadOption, FitwrightError
@@ -100,10 +99,19 @@ def report(error: FitwrightError) -> None:
     """Print an error as `error: ...` and `hint: ...`, one line each, on stderr."""
     from planner.render.text import one_line
 
-    with contextlib.suppress(OSError):  # nobody can be told; the exit code still tells
+    try:
         print(f"error: {one_line(str(error))}", file=sys.stderr)
         if error.hint:
             print(f"hint: {one_line(error.hint)}", file=sys.stderr)
+        sys.stderr.flush()
+    except OSError:  # nobody can be told; the exit code still tells
+        _forget(sys.stderr)
+
+
+def _forget(stream: TextIO) -> None:
+    """What is still buffered for a stream that takes nothing more goes nowhere: a flush at exit would fail
+    again, print, and change the exit code."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 def _reopen_closed_streams() -> None:
@@ -135,8 +143,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("interrupted", file=sys.stderr)
         return INTERRUPTED
     except BrokenPipeError:
-        # The reader is gone; a flush at exit would fail again and print.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _forget(sys.stdout)
         return BROKEN_PIPE
     except Exception as error:
         if debug:

@@ -142,7 +142,8 @@ def test_no_component_is_negative(tmp_path: Path, job: list[str], layers: int) -
 
 def shell(command: str) -> subprocess.CompletedProcess[str]:
     command = command.replace("planner", f"{sys.executable} -m planner")
-    return subprocess.run(["bash", "-c", command], capture_output=True, text=True, timeout=60)
+    buffered = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    return subprocess.run(["bash", "-c", command], capture_output=True, text=True, timeout=60, env=buffered)
 
 
 @POSIX
