@@ -43,7 +43,8 @@ class Shortage:
         when = f"out of memory in {self.moment.replace('_', ' ')}"
         room = f", and there was room for {format_bytes(self.room_bytes)}" if self.room_bytes else ""
         if self.line is None:
-            return f"{when}: {self.said}"
+            asked = f"{format_bytes(self.wanted_bytes)} asked for{room}" if self.wanted_bytes else self.said
+            return f"{when}: {asked}"
         line = f"{self.line}: predicted {format_bytes(self.line_predicted_bytes)}"
         if self.line_wanted_bytes is not None:
             return f"{when}: {line}, at least {format_bytes(self.line_wanted_bytes)} were needed{room}"

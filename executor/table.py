@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -51,19 +52,20 @@ def show_left(tried: Sequence[tuple[Candidate, Shortage | None, str]], before: S
 
     table = Table(box=SIMPLE_HEAD, pad_edge=False)
     for name in ("candidate", "ran out in", "predicted", "asked for", "room", "line"):
-        table.add_column(name, justify="right" if name in ("predicted", "asked for", "room") else "left")
+        number = name in ("predicted", "asked for", "room")
+        table.add_column(name, justify="right" if number else "left", no_wrap=name != "line")
     for candidate, lack, reason in tried:
         if lack is None:
             table.add_row(_way(candidate), "—", "—", "—", "—", escape(reason))
             continue
         sizes = (lack.predicted_bytes, lack.wanted_bytes, lack.room_bytes)
-        line = lack.line or lack.said
+        line = lack.line or "—"
         if lack.line is not None and lack.line_wanted_bytes is not None:
             predicted, needed = format_bytes(lack.line_predicted_bytes), format_bytes(lack.line_wanted_bytes)
             line = f"{line}: {predicted} predicted, {needed} needed"
         cells = ["—" if n is None else format_bytes(n) for n in sizes]
         table.add_row(_way(candidate), lack.moment.replace("_", " "), *cells, escape(line))
-    console = Console(stderr=True, highlight=False)
+    console = Console(stderr=True, highlight=False, width=None if sys.stderr.isatty() else 120)
     for reason in before:
         console.print(escape(reason), soft_wrap=True)
     console.print(table)
