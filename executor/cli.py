@@ -10,6 +10,7 @@ from typing import Any, NoReturn
 
 from executor.errors import BadOption, FitwrightError
 from executor.options import RunOptions
+from planner.streams import forget, reopen_closed, tell
 
 ENGINES = ("resident", "accelerate", "stream")
 SCHEDULES = ("linear", "cosine", "constant", "constant_with_warmup")
@@ -24,23 +25,35 @@ class _Parser(argparse.ArgumentParser):
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point of the command; returns the exit code."""
+    reopen_closed()
     debug = "--debug" in (sys.argv[1:] if argv is None else argv)
     try:
-        args = parser().parse_args(argv)
-        return int(args.command(args))
+        return _dispatch(argv)
     except FitwrightError as error:
         if debug and error.exit_code == 2:
             raise
-        print(f"error: {error}", file=sys.stderr)
-        if error.hint:
-            print(f"hint: {error.hint}", file=sys.stderr)
+        tell(f"error: {error}", *([f"hint: {error.hint}"] if error.hint else []))
         return error.exit_code
     except KeyboardInterrupt:
-        print("error: interrupted", file=sys.stderr)
+        tell("error: interrupted")
         return 130
     except BrokenPipeError:
-        sys.stderr.close()
-        return 0
+        forget(sys.stdout)
+        return 141
+
+
+def _dispatch(argv: Sequence[str] | None) -> int:
+    try:
+        args = parser().parse_args(argv)
+        return int(args.command(args))
+    finally:
+        try:
+            sys.stdout.flush()
+        except BrokenPipeError:
+            raise
+        except OSError as error:
+            forget(sys.stdout)
+            raise FitwrightError(f"cannot print the result: {error.strerror}") from None
 
 
 def parser() -> argparse.ArgumentParser:
@@ -56,6 +69,7 @@ def parser() -> argparse.ArgumentParser:
         sub.set_defaults(command=_run, rehearse=name == "rehearse")
     _add_probe(commands)
     _add_report(commands)
+    _add_merge(commands)
     quick = commands.add_parser(
         "quickstart",
         help="check, plan and fine-tune a tiny built-in model: no downloads, no GPU needed",
@@ -92,6 +106,22 @@ def _add_report(commands: Any) -> None:
     p.add_argument("--json", action="store_true", help="print JSON and nothing else on stdout")
     p.add_argument("--debug", action="store_true", help="tracebacks")
     p.set_defaults(command=_report)
+
+
+def _add_merge(commands: Any) -> None:
+    text = "fold a run's adapter into its base: a standalone model in the base's own dtype"
+    p = commands.add_parser("merge", help=text, description=text, allow_abbrev=False)
+    p.add_argument("run_dir", type=Path, metavar="RUN_DIR", help="the --output folder of a run")
+    p.add_argument("-o", "--output", type=Path, required=True, metavar="DIR", help="the new model's folder")
+    p.add_argument(
+        "--base", type=Path, metavar="DIR", help="the base model's folder (default: where the run had it)"
+    )
+    p.add_argument(
+        "--trust-remote-code", action="store_true", help="run Python code that comes with the model"
+    )
+    p.add_argument("--json", action="store_true", help="print the result as JSON and nothing else on stdout")
+    p.add_argument("--debug", action="store_true", help="tracebacks and the libraries' own messages")
+    p.set_defaults(command=_merge)
 
 
 def _add_run_options(p: argparse.ArgumentParser, rehearse: bool) -> None:
@@ -238,6 +268,12 @@ def _report(args: argparse.Namespace) -> int:
     from executor.report_command import report
 
     return report(args.run_dir, args.json)
+
+
+def _merge(args: argparse.Namespace) -> int:
+    from executor.merge import merge
+
+    return merge(args.run_dir, args.output, args.base, args.trust_remote_code, args.json, args.debug)
 
 
 def _quickstart(args: argparse.Namespace) -> int:
