@@ -10,7 +10,7 @@ from typing import Any, NoReturn
 
 from executor.errors import BadOption, FitwrightError
 from executor.options import RunOptions
-from planner.streams import forget, reopen_closed, tell
+from planner.streams import reopen_closed, settle, tell
 
 ENGINES = ("resident", "accelerate", "stream")
 SCHEDULES = ("linear", "cosine", "constant", "constant_with_warmup")
@@ -38,8 +38,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         tell("error: interrupted")
         return 130
     except BrokenPipeError:
-        forget(sys.stdout)
         return 141
+    except OSError as error:
+        # the parts name their own failures; what is left is a terminal or file that takes no more
+        tell(f"error: cannot print: {error.strerror}")
+        return 2
 
 
 def _dispatch(argv: Sequence[str] | None) -> int:
@@ -47,13 +50,7 @@ def _dispatch(argv: Sequence[str] | None) -> int:
         args = parser().parse_args(argv)
         return int(args.command(args))
     finally:
-        try:
-            sys.stdout.flush()
-        except BrokenPipeError:
-            raise
-        except OSError as error:
-            forget(sys.stdout)
-            raise FitwrightError(f"cannot print the result: {error.strerror}") from None
+        settle(sys.stdout)
 
 
 def parser() -> argparse.ArgumentParser:

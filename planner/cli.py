@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import argparse
 import importlib
-import os
 import sys
 from collections.abc import Sequence
-from typing import NoReturn, TextIO
+from typing import NoReturn
 
 from planner import options
 from planner.errors import BadOption, FitwrightError
+from planner.streams import reopen_closed, settle, tell
 
 INTERRUPTED = 130
 BROKEN_PIPE = 141
@@ -99,40 +99,23 @@ def report(error: FitwrightError) -> None:
     """Print an error as `error: ...` and `hint: ...`, one line each, on stderr."""
     from planner.render.text import one_line
 
-    try:
-        print(f"error: {one_line(str(error))}", file=sys.stderr)
-        if error.hint:
-            print(f"hint: {one_line(error.hint)}", file=sys.stderr)
-        sys.stderr.flush()
-    except OSError:  # nobody can be told; the exit code still tells
-        _forget(sys.stderr)
-
-
-def _forget(stream: TextIO) -> None:
-    """What is still buffered for a stream that takes nothing more goes nowhere: a flush at exit would fail
-    again, print, and change the exit code."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
-
-
-def _reopen_closed_streams() -> None:
-    """A shell's `>&-` leaves None where a stream was: what is printed then goes nowhere."""
-    if sys.stdout is None:
-        sys.stdout = open(os.devnull, "w")  # noqa: SIM115
-    if sys.stderr is None:
-        sys.stderr = open(os.devnull, "w")  # noqa: SIM115
+    hint = [f"hint: {one_line(error.hint)}"] if error.hint else []
+    tell(f"error: {one_line(str(error))}", *hint)
 
 
 def _dispatch(argv: Sequence[str] | None) -> int:
-    args = build_parser().parse_args(argv)
-    command = importlib.import_module(f"planner.commands.{args.command}")
-    code: int = command.run(args)
-    sys.stdout.flush()
+    try:
+        args = build_parser().parse_args(argv)
+        command = importlib.import_module(f"planner.commands.{args.command}")
+        code: int = command.run(args)
+    finally:
+        settle(sys.stdout)
     return code
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and give its exit code. `argv` without the program's name; None reads `sys.argv`."""
-    _reopen_closed_streams()
+    reopen_closed()
     debug = "--debug" in (sys.argv if argv is None else argv)
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
@@ -143,7 +126,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("interrupted", file=sys.stderr)
         return INTERRUPTED
     except BrokenPipeError:
-        _forget(sys.stdout)
         return BROKEN_PIPE
     except Exception as error:
         if debug:

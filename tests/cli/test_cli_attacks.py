@@ -204,3 +204,14 @@ def test_more_work_never_seems_to_need_less(model: str, job: list[str]) -> None:
         (gpu,) = json.loads(done.stdout)["gpus"]
         found.append([gpu[f"{name}_bytes"] for name in ("allocated_peak", "low", "process", "high")])
     assert all(less <= more for less, more in zip(*found, strict=True)), found
+
+
+@POSIX
+@pytest.mark.parametrize("command", ["planner gpus", "planner --help", "executor report", "executor --help"])
+def test_a_full_stdout_is_one_line(command: str) -> None:
+    if not os.path.exists("/dev/full"):
+        pytest.skip("no /dev/full here")
+    done = shell(command.replace("executor", f"{sys.executable} -m executor") + " >/dev/full")
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: ") and "No space left" in done.stderr
+    assert len(done.stderr.splitlines()) == 1
