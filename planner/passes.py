@@ -33,8 +33,6 @@ _ATTENTION_BACKWARD = 2.5
 # Bytes an optimizer step moves for each parameter: gradient, weight and two moments read, all but the first
 # written, in mixed widths.
 _OPTIMIZER_TRAFFIC_BYTES = 24
-# Kernels that remain of those an eager pass launches once torch.compile has fused the small ones.
-_FUSED_KERNELS = 0.3
 
 
 class Job(Struct, frozen=True):
@@ -99,16 +97,17 @@ def decode_seconds(job: Job, rates: Rates, level: Level) -> Seconds | None:
         return None
     link, disk = fetched
     kernels = launches(work, strategy, adapters=False)
-    compiled = strategy.cache == "static" and not job.on_cpu and strategy.quant == "none"
+    # over a static cache the executor records one step in a CUDA graph; LLM.int8 decides things on the host
+    recorded = strategy.cache == "static" and not job.on_cpu and strategy.quant != "int8"
     overhead = efficiency("token_overhead_seconds", level)
-    host = overhead + (0.0 if compiled else kernels * efficiency("host_seconds_per_kernel", level))
-    small = kernels * efficiency("device_seconds_per_kernel", level) * (_FUSED_KERNELS if compiled else 1)
+    host = overhead + (0.0 if recorded else kernels * efficiency("host_seconds_per_kernel", level))
+    small = kernels * efficiency(f"{'recorded' if recorded else 'device'}_seconds_per_kernel", level)
     products = flops / rates.compute
     if job.on_cpu:
         # One processor does both: what it dispatches it must also compute.
         small, host = host, 0.0
         products += _cpu_dequantize(job, level, batch)
-    elif compiled:
+    elif recorded:
         small, host = small + overhead, 0.0
     return Seconds(read + moved, products, host, link, disk, small)
 

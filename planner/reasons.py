@@ -10,14 +10,15 @@ from planner.rank import (
     TRAIN_WEIGHTS,
     Field,
     Scored,
+    footprint,
     rank_key,
     share_left,
     usable,
 )
 from planner.rules import has_sinks, lacks_sdpa
 from planner.strategies import Prefer, departures
-from planner.types import Estimate, Machine, Strategy, Workload
-from planner.units import format_gib
+from planner.types import GOOD, Estimate, Machine, Strategy, Workload
+from planner.units import format_bytes, format_gib
 
 
 def reasons(field: Field, scored: Scored, fastest: float | None) -> tuple[str, ...]:
@@ -31,6 +32,8 @@ def reasons(field: Field, scored: Scored, fastest: float | None) -> tuple[str, .
     return (*lines, *notes(field, strategy))
 
 
+_WORTHWHILE = 1.1
+"""A gain in predicted speed below this is within the prediction's error."""
 _BOUND = {
     "memory bandwidth": "memory bandwidth",
     "compute": "compute",
@@ -48,6 +51,20 @@ def speed_text(scored: Scored, workload: Workload) -> str:
     kind = "training" if workload.task == "train" else "decode"
     limit = f", limited by {_BOUND.get(bound, bound)}" if bound else ""
     return f"{_figure(speed.typical)} tokens/s {kind} ({_figure(speed.low)} to {_figure(speed.high)}){limit}"
+
+
+def static_text(usual: Scored, static: Scored) -> str | None:
+    """What `--cache static` would give in place of the usual cache; None where it does not pay or fit."""
+    before, after = usual.speed, static.speed
+    if before is None or after is None or static.estimate.verdict not in GOOD:
+        return None
+    if after.typical < _WORTHWHILE * before.typical:
+        return None
+    more = footprint(static.estimate) - footprint(usual.estimate)
+    size = f"{format_bytes(abs(more))} {'more' if more > 0 else 'less'}" if more else "no more memory"
+    return (
+        f"with --cache static: {_figure(after.typical)} tokens/s, one step recorded and replayed, for {size}"
+    )
 
 
 def _figure(speed: float) -> str:

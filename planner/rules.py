@@ -300,7 +300,7 @@ RULES: tuple[Rule, ...] = (
     Rule(
         "static_offload",
         lambda c: not c.train and c.strategy.cache == "static" and c.offloads,
-        "a static cache is compiled, which accelerate's hooks do not allow",
+        "a static cache is there to record decode steps, and accelerate's hooks cannot be recorded",
         "--cache dynamic",
     ),
     Rule(
@@ -339,3 +339,8 @@ RULES: tuple[Rule, ...] = (
 def broken_rule(case: Case) -> Rule | None:
     """The first rule that excludes a strategy, None if it is possible."""
     return next((rule for rule in RULES if rule.excludes(case)), None)
+
+
+def is_legal(arch: Architecture, machine: Machine, workload: Workload, strategy: Strategy) -> bool:
+    """Whether a strategy is possible for a job on a machine."""
+    return broken_rule(Case(arch, machine, workload, strategy)) is None

@@ -7,17 +7,20 @@ it, or is a faster precision: so each one is a real alternative, or somewhere to
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any, Protocol
 
 from msgspec import Struct
+from msgspec.structs import replace
 
 from planner.estimate import architecture_of
 from planner.estimate import estimate as estimate_job
 from planner.machine import free_ram
 from planner.needs import need_text, shortfall_text, what_would_fit
 from planner.rank import Field, Scored, fastest_that_fits, footprint, rank, usable
-from planner.reasons import compared, reasons
+from planner.reasons import compared, reasons, static_text
+from planner.rules import is_legal
 from planner.strategies import Prefer, legal_strategies
 from planner.types import GOOD, Candidate, Estimate, Machine, Rejected, Stack, Strategy, Workload
 from profiles.schema import ModelProfile
@@ -74,6 +77,9 @@ def search(
     fastest = fastest_that_fits(fitting)
     kept = worth_keeping(field, fitting, fastest)
     candidates = tuple(_candidate(field, each, n, fastest) for n, each in enumerate(kept, start=1))
+    if prefer != "speed" and "cache" not in (pinned or {}):
+        ask = partial(estimator, model, machine, workload, stack=stack)
+        candidates = tuple(_with_hint(field, each, ask) for each in candidates)
     passed_over = [_passed_over(field, each, kept, fastest) for each in fitting if each not in kept]
     failing = _least_of_each([s for s in scored if s.estimate.verdict not in GOOD] + unjudged, kept)
     hopeless = not kept
@@ -152,6 +158,17 @@ def _candidate(field: Field, scored: Scored, place: int, fastest: float | None) 
         speed=scored.estimate.speed,
         reasons=reasons(field, scored, fastest),
     )
+
+
+def _with_hint(field: Field, candidate: Candidate, ask: Callable[[Strategy], Estimate]) -> Candidate:
+    """A candidate that says what a recorded decode step over a static cache would give."""
+    static = replace(candidate.strategy, cache="static")
+    if candidate.strategy.placement != "full_gpu" or candidate.strategy.cache != "dynamic":
+        return candidate
+    if field.workload.task != "infer" or not is_legal(field.arch, field.machine, field.workload, static):
+        return candidate
+    text = static_text(Scored(candidate.strategy, candidate.estimate), Scored(static, ask(static)))
+    return replace(candidate, reasons=(*candidate.reasons, text)) if text else candidate
 
 
 def _passed_over(field: Field, scored: Scored, kept: Sequence[Scored], fastest: float | None) -> Rejected:

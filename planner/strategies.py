@@ -65,7 +65,12 @@ LEVERS: tuple[Lever, ...] = (
         "no checkpointing: the forward pass is not repeated, its activations are kept",
     ),
     Lever("infer", {"cache": "offloaded"}, "memory", "the KV cache waits in RAM while other layers compute"),
-    Lever("infer", {"cache": "static"}, "speed", "a static cache lets transformers compile the decode step"),
+    Lever(
+        "infer",
+        {"cache": "static"},
+        "speed",
+        "static cache: a decode step is recorded once and replayed, instead of launched kernel by kernel",
+    ),
 )
 
 

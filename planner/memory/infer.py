@@ -19,7 +19,7 @@ from planner.memory.moments import CardMemory, line, snapshot
 from planner.memory.tape import rounded
 from planner.memory.weights import WIDTH, layer_linears, load_transient_bytes, weight_bytes
 from planner.types import Strategy, Workload
-from profiles.schema import Architecture
+from profiles.schema import Architecture, Attention
 
 
 def prefill_pass(arch: Architecture, work: Workload, how: Strategy) -> Pass:
@@ -66,6 +66,8 @@ def inference_memory(arch: Architecture, work: Workload, how: Strategy, workspac
     others = max(0, kv.prefill - own) if how.cache == "dynamic" else kv.prefill
     one = decode_pass(p, tokens)
     step = max(layer_cost(layer, one, arch.hidden_size).forward_peak for layer in arch.kinds)
+    if how.cache == "static":
+        step += max(_repeated_bytes(layer.attention, batch * tokens * width) for layer in arch.kinds)
     shots = [
         snapshot(
             "prefill",
@@ -120,6 +122,15 @@ def inference_memory(arch: Architecture, work: Workload, how: Strategy, workspac
 def decode_pass(p: Pass, tokens: int) -> Pass:
     """The pass of one decoded token."""
     return replace(p, seq=1, past=tokens - 1)
+
+
+def _repeated_bytes(spec: Attention, token_bytes: int) -> int:
+    """Keys and values copied for every query head: a static cache always comes with a mask, which sdpa does
+    not take together with grouped heads (`integrations/sdpa_attention.py`)."""
+    if spec.kind in ("none", "recurrent") or spec.heads == (spec.kv_heads or spec.heads):
+        return 0
+    value = spec.value_dim or spec.head_dim
+    return rounded(token_bytes * spec.heads * spec.head_dim) + rounded(token_bytes * spec.heads * value)
 
 
 def _widest(arch: Architecture) -> int:

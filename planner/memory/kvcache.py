@@ -65,7 +65,8 @@ def cache_bytes(
 
     static: allocated whole before prefill. offloaded: the layer in use and the next one on the card, all
     of it in RAM (`offload_only_non_sliding=False`). quantized: 4 bits and two 16-bit numbers per 64
-    elements; the last 128 tokens stay as they are (`QuantizedLayer`, KIVI, arXiv:2402.02750).
+    elements in layers without a window; the last 128 tokens stay as they are
+    (`executor.quantized_cache`, KIVI, arXiv:2402.02750).
     """
     whole = [_layer(layer.attention, batch, tokens, width, sliced=False) for layer in arch.kinds]
     final, largest = sum(whole[kind] for kind in arch.order), max(whole, default=0)
@@ -74,11 +75,9 @@ def cache_bytes(
     if cache == "offloaded":
         return CacheBytes(min(final, 2 * largest), min(final, 2 * largest), largest, final)
     if cache == "quantized":
-        recent = [
-            _layer(layer.attention, batch, min(tokens, 128), width, sliced=False) for layer in arch.kinds
-        ]
-        packed = sum(_packed(whole[kind] - recent[kind], width) + recent[kind] for kind in arch.order)
-        return CacheBytes(packed, packed, 2 * largest)
+        packed = [_packed_layer(layer.attention, batch, tokens, width) for layer in arch.kinds]
+        kept = sum(packed[kind] for kind in arch.order)
+        return CacheBytes(kept, kept, 2 * largest)
     full = [_layer(layer.attention, batch, prompt, width, sliced=True) for layer in arch.kinds]
     return CacheBytes(sum(full[kind] for kind in arch.order), final, largest)
 
@@ -87,6 +86,9 @@ def _layer(spec: Attention, batch: int, tokens: int, width: int, sliced: bool) -
     return layer_kv_bytes(spec, batch, kept_tokens(spec, tokens, sliced), width)
 
 
-def _packed(n: int, width: int) -> int:
-    elements = n // width
-    return rounded(elements // 2) + rounded(elements // 64 * 4)
+def _packed_layer(spec: Attention, batch: int, tokens: int, width: int) -> int:
+    if spec.window is not None or spec.kind == "recurrent":
+        return _layer(spec, batch, tokens, width, sliced=False)
+    recent = _layer(spec, batch, min(tokens, 128), width, sliced=False)
+    elements = (_layer(spec, batch, tokens, width, sliced=False) - recent) // width
+    return recent + rounded(elements // 2) + rounded(elements // 64 * 4)

@@ -185,8 +185,8 @@ def test_a_probe_replaces_the_catalogue():
         rates = card_rates(probed, "bf16", level)
         assert (rates.bandwidth, rates.compute, rates.link, rates.disk) == (1e12, 1e14, 5e9, 1e9)
         assert rates.pageable == 5e9
-    compiled = Strategy(cache="static")
-    slower, faster = (speed_of(QWEN, machine, Workload(), compiled) for machine in (probed, H200))
+    recorded = Strategy(cache="static")
+    slower, faster = (speed_of(QWEN, machine, Workload(), recorded) for machine in (probed, H200))
     assert slower.typical < faster.typical
     assert "probe" in (predict_speed(QWEN, probed, Workload(), Strategy(), HERE).basis or "")
 
