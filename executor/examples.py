@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from executor.answers import answer_spans, tokenize
 from executor.errors import BadDataset
 from executor.rows import Message, Row
 
@@ -33,6 +34,8 @@ class Prepared:
     truncated: int = 0
     empty: int = 0
     """Rows left out because no answer token fits into the sequence length."""
+    endless: int = 0
+    """Rows whose last answer ends without a token that ends a turn."""
 
 
 def prepare(path: Path, rows: Sequence[Row], tokenizer: Any, seq_len: int) -> Prepared:
@@ -41,8 +44,11 @@ def prepare(path: Path, rows: Sequence[Row], tokenizer: Any, seq_len: int) -> Pr
     Errors: `BadDataset` for messages without a chat template, or when no row has an answer within `seq_len`.
     """
     prepared = Prepared([])
+    enders = {tokenizer.eos_token_id, *tokenizer.added_tokens_decoder}
     for row in rows:
         ids, learned = _tokenize(path, row, tokenizer)
+        answer = [token for token, learn in zip(ids, learned, strict=True) if learn]
+        prepared.endless += bool(answer) and answer[-1] not in enders
         prepared.truncated += len(ids) > seq_len
         ids, learned = ids[:seq_len], learned[:seq_len]
         labels = [token if learn else IGNORED for token, learn in zip(ids, learned, strict=True)]
@@ -59,96 +65,49 @@ def prepare(path: Path, rows: Sequence[Row], tokenizer: Any, seq_len: int) -> Pr
 
 
 def _tokenize(path: Path, row: Row, tokenizer: Any) -> tuple[list[int], list[bool]]:
-    end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    if row.messages is not None:
+        return _tokenize_conversation(path, row, row.messages, tokenizer)
     if row.text is not None:
-        ids = list(tokenizer(row.text)["input_ids"]) + end
+        ids = _ended(tokenizer(row.text)["input_ids"], tokenizer)
         return ids, [True] * len(ids)
-    if row.prompt is not None and row.completion is not None:
-        before = list(tokenizer(row.prompt)["input_ids"])
-        answer = list(tokenizer(row.completion, add_special_tokens=False)["input_ids"]) + end
-        return before + answer, [False] * len(before) + [True] * len(answer)
-    assert row.messages is not None
-    return _tokenize_conversation(path, row, row.messages, tokenizer)
+    assert row.prompt is not None and row.completion is not None
+    return _tokenize_completion(row.prompt, row.completion, tokenizer)
+
+
+def _tokenize_completion(prompt: str, completion: str, tokenizer: Any) -> tuple[list[int], list[bool]]:
+    before = list(tokenizer(prompt)["input_ids"])
+    eos = tokenizer.eos_token_id
+    if eos is not None and before[-1:] == [eos] and not prompt.endswith(tokenizer.eos_token):
+        before.pop()  # some tokenizers end every text; the answer is still to come
+    both = list(tokenizer(prompt + completion)["input_ids"])
+    if both[: len(before)] == before:
+        answer = both[len(before) :]
+    else:  # a token would reach across; generation starts from the prompt's own tokens
+        answer = list(tokenizer(completion, add_special_tokens=False)["input_ids"])
+    answer = _ended(answer, tokenizer)
+    return before + answer, [False] * len(before) + [True] * len(answer)
+
+
+def _ended(ids: Sequence[int], tokenizer: Any) -> list[int]:
+    """With the end token, once."""
+    end = tokenizer.eos_token_id
+    return list(ids) if end is None or (ids and ids[-1] == end) else [*ids, end]
 
 
 def _tokenize_conversation(
     path: Path, row: Row, messages: Sequence[Message], tokenizer: Any
 ) -> tuple[list[int], list[bool]]:
-    template = tokenizer.chat_template
-    if not template:
+    where = f"{path}, line {row.line}"
+    if not tokenizer.chat_template:
         raise BadDataset(
-            f"{path}, line {row.line}: the tokenizer has no chat template for messages",
+            f"{where}: the tokenizer has no chat template for messages",
             'use {"prompt": ..., "completion": ...} rows, or an instruct model',
         )
     try:
-        if isinstance(template, str) and "{% generation" in template and row.answer_from == 0:
-            done = tokenizer.apply_chat_template(
-                list(messages), tokenize=True, return_dict=True, return_assistant_tokens_mask=True
-            )
-            return list(done["input_ids"]), [bool(m) for m in done["assistant_masks"]]
-        text = tokenizer.apply_chat_template(list(messages), tokenize=False)
-        spans = _answer_spans(messages, row.answer_from, text, tokenizer)
-    except (
-        Exception
-    ) as error:  # templates raise their own errors (jinja2's TemplateError) on what they refuse
+        text, spans = answer_spans(messages, row.answer_from, tokenizer)
+    except Exception as error:  # templates raise errors of their own (jinja2's TemplateError)
         reason = str(error).splitlines()[0][:120] if str(error) else type(error).__name__
-        raise BadDataset(
-            f"{path}, line {row.line}: the chat template refuses the messages: {reason}"
-        ) from None
+        raise BadDataset(f"{where}: the chat template refuses the messages: {reason}") from None
     if not spans:
-        raise BadDataset(
-            f"{path}, line {row.line}: cannot find the answer in the text the chat template makes"
-        )
-    return _tokenize_spans(text, spans, tokenizer)
-
-
-def _answer_spans(
-    messages: Sequence[Message], first: int, text: str, tokenizer: Any
-) -> list[tuple[int, int]]:
-    """Character ranges of the assistant's messages in the rendered text.
-
-    What a message adds to the rendered text is its range. Templates that render earlier turns otherwise once
-    later ones follow break that; then the content itself is looked for.
-    """
-    spans = []
-    cursor = 0
-    for i, message in enumerate(messages):
-        if message["role"] != "assistant" or i < first:
-            continue
-        before = (
-            tokenizer.apply_chat_template(list(messages[:i]), tokenize=False, add_generation_prompt=True)
-            if i
-            else ""
-        )
-        through = tokenizer.apply_chat_template(list(messages[: i + 1]), tokenize=False)
-        if text.startswith(through) and through.startswith(before):
-            start, end = len(before), len(through)
-        else:
-            start = text.find(message["content"].strip(), cursor)
-            end = start + len(message["content"].strip())
-            if tokenizer.eos_token and text.startswith(tokenizer.eos_token, end):
-                end += len(tokenizer.eos_token)
-        if start < 0 or end <= start:
-            return []
-        spans.append((start, end))
-        cursor = end
-    return spans
-
-
-def _tokenize_spans(
-    text: str, spans: Sequence[tuple[int, int]], tokenizer: Any
-) -> tuple[list[int], list[bool]]:
-    if tokenizer.is_fast:
-        done = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
-        learned = [any(a <= start < b for a, b in spans) for start, _ in done["offset_mapping"]]
-        return list(done["input_ids"]), learned
-    ids: list[int] = []
-    learned = []
-    cursor = 0
-    for start, end in [*spans, (len(text), len(text))]:
-        for piece, learn in ((text[cursor:start], False), (text[start:end], True)):
-            tokens = list(tokenizer(piece, add_special_tokens=False)["input_ids"]) if piece else []
-            ids += tokens
-            learned += [learn] * len(tokens)
-        cursor = end
-    return ids, learned
+        raise BadDataset(f"{where}: cannot find the answer in the text the chat template makes")
+    return tokenize(text, spans, tokenizer)

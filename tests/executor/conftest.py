@@ -33,7 +33,18 @@ from planner.types import (
 if importlib.util.find_spec("torch") is None:
     collect_ignore = [
         f"test_executor_{part}.py"
-        for part in ("examples", "infer", "infer_graph", "losses", "parts", "process", "run")
+        for part in (
+            "examples",
+            "infer",
+            "infer_graph",
+            "losses",
+            "merge",
+            "parts",
+            "process",
+            "run",
+            "templates",
+            "training",
+        )
     ]
 
 STACK = Stack("2.11", "5.17", "0.50", "0.21")
