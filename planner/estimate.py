@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import lru_cache
 
+from msgspec import Struct
 from msgspec.structs import replace
 
 from planner.errors import BadOption
@@ -58,19 +59,28 @@ CALIBRATED_STACK = Stack(torch="2.11", transformers="5.17", bitsandbytes="0.50",
 """The versions the model of memory was held against (benchmarks/)."""
 
 
+class Exact(Struct, frozen=True):
+    """Memory somebody traced on real modelling code (`planner.exact`), and the structure it was traced on."""
+
+    arch: Architecture
+    memory: CardMemory
+
+
 def estimate(
     model: ModelProfile,
     machine: Machine,
     workload: Workload,
     strategy: Strategy,
     stack: Stack | None = None,
+    exact: Exact | None = None,
 ) -> Estimate:
     """Memory, speed and verdict of one way to do one job.
 
-    `machine.gpus` holds the cards of the job; none, or placement cpu, means the CPU alone. Errors:
-    `BadOption` for an optimizer nobody described, `BadConfig` for a config that describes no model.
+    `machine.gpus` holds the cards of the job; none, or placement cpu, means the CPU alone. `exact`: memory
+    that was traced instead. Errors: `BadOption` for an optimizer nobody described, `BadConfig` for a config
+    that describes no model.
     """
-    arch = architecture_of(model)
+    arch = exact.arch if exact else architecture_of(model)
     work = normal(workload)
     how = normal_strategy(strategy, work)
     if how.placement == "cpu" or not machine.gpus:
@@ -81,15 +91,19 @@ def estimate(
     elif len(machine.gpus) > 1 and work.task == "infer":
         gpus, placement = _spread(arch, machine, work, how)
     else:
-        gpus = tuple(_card(gpu, _memory(arch, work, how, gpu), arch, work, how) for gpu in machine.gpus)
+        memory = exact.memory if exact else None
+        gpus = tuple(
+            _card(gpu, memory or _memory(arch, work, how, gpu), arch, work, how) for gpu in machine.gpus
+        )
         placement = one_device(0, arch)
     parameters = model.parameters or count(arch)
-    host = _host(arch, machine, work, how, gpus, placement)
+    host = _host(arch, machine, work, how, gpus, placement, exact)
     disk = _disk(arch, parameters, work, how, placement)
     verdict, reasons = judge(machine, gpus, host, disk, how, work, placement)
     if how.speculate == "draft" and verdict != "does_not_fit":
         verdict, reasons = "unknown", ("the draft model's memory is not counted yet", *reasons)
-    if verdict != "does_not_fit" and not all(is_followed(layer.attention) for layer in arch.kinds):
+    followed = exact or all(is_followed(layer.attention) for layer in arch.kinds)
+    if verdict != "does_not_fit" and not followed:
         verdict, reasons = "unknown", ("what its recurrent layers hold is not modelled yet", *reasons)
     return Estimate(
         model=ModelRef(model.id, model.parameters),
@@ -274,10 +288,11 @@ def _host(
     how: Strategy,
     gpus: Sequence[GpuEstimate],
     placement: PlacementMap,
+    exact: Exact | None,
 ) -> HostEstimate:
     weights = weight_bytes(arch, how.quant, how.quant_experts, how.dtype)
     on_card = bool(gpus)
-    memory = _memory(arch, work, how, machine.gpus[0] if on_card else None)
+    memory = exact.memory if exact else _memory(arch, work, how, machine.gpus[0] if on_card else None)
     in_ram = _in_ram(arch, weights, placement) if on_card else 0
     saved = weights.total(arch.order) if work.task == "train" and work.method == "full" else 0
     return host_memory(

@@ -193,6 +193,13 @@ def add_strategy(parser: argparse.ArgumentParser, *, searched: bool) -> None:
     group.add_argument(
         "--no-ledger", action="store_true", help="leave earlier measured runs out of the estimate"
     )
+    if not searched:
+        group.add_argument(
+            "--exact",
+            action="store_true",
+            help="trace memory on transformers' own code, without weights or card: any architecture it knows,"
+            " in seconds; needs the executor extra",
+        )
 
 
 def add_preference(parser: argparse.ArgumentParser) -> None:

@@ -30,7 +30,7 @@ Engine = Literal["resident", "accelerate", "stream"]
 Cache = Literal["dynamic", "static", "offloaded", "quantized"]
 AttentionKernel = Literal["sdpa", "eager", "flash_attention_2"]
 Dtype = Literal["bf16", "fp16", "fp32"]
-Basis = Literal["counted", "modelled", "measured"]
+Basis = Literal["counted", "modelled", "measured", "traced"]
 Verdict = Literal["fits", "tight", "does_not_fit", "unknown"]
 GOOD: Final = ("fits", "tight")
 """Verdicts a job may be started with, the better first."""

@@ -24,6 +24,8 @@ OUTSIDE = {
     "ctypes",
 }
 MAY_TOUCH_OUTSIDE = ("planner.inspect", "planner.hub", "planner.exact")
+MAY_IMPORT_HEAVY = "planner.exact"
+"""The tracer runs real modelling code; it is imported under `estimate --exact` alone."""
 FORBIDDEN = {
     "profiles": {"planner", "executor", *HEAVY, *OUTSIDE},
     "planner": {"executor", *HEAVY},
@@ -55,9 +57,27 @@ def test_arrows(package: str) -> None:
         f"{path.relative_to(ROOT)}:{line} imports {name}"
         for path in modules(package)
         for name, line in imported(path)
-        if name.split(".")[0] in FORBIDDEN[package]
+        if name.split(".")[0] in FORBIDDEN[package] - (HEAVY if _is_exact(path) else set())
     ]
     assert not wrong
+
+
+def _is_exact(path: Path) -> bool:
+    return dotted(path) == MAY_IMPORT_HEAVY or dotted(path).startswith(MAY_IMPORT_HEAVY + ".")
+
+
+def test_the_tracer_is_imported_nowhere_but_where_it_is_asked_for() -> None:
+    """`planner.exact` imports torch: outside itself it is named in one function of one command."""
+    users = [
+        (dotted(path), line)
+        for path in modules("planner")
+        if not _is_exact(path)
+        for name, line in imported(path)
+        if name == MAY_IMPORT_HEAVY or name.startswith(MAY_IMPORT_HEAVY + ".")
+    ]
+    assert {name for name, _ in users} == {"planner.commands.estimate"}
+    source = (ROOT / "planner/commands/estimate.py").read_text().splitlines()
+    assert all(source[line - 1].startswith(" ") for _, line in users)
 
 
 def test_only_named_modules_of_planner_touch_the_outside() -> None:

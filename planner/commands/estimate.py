@@ -22,9 +22,16 @@ def run(args: Namespace) -> int:
     job = request.workload(args)
     pinned = request.wishes(args)
     target = request.machine(args, args.gpu)
-    model = resolve(args.model, offline=args.offline)
-    how = resolve_strategy(architecture_of(model.profile), target, job, pinned)
-    answer = estimate(model.profile, target, job, how)
+    if args.exact:
+        from planner.exact.estimate import exact_estimate, resolve_exact
+
+        model, arch = resolve_exact(args.model, offline=args.offline)
+        how = resolve_strategy(arch, target, job, pinned)
+        answer = exact_estimate(model.profile, arch, target, job, how)
+    else:
+        model = resolve(args.model, offline=args.offline)
+        how = resolve_strategy(architecture_of(model.profile), target, job, pinned)
+        answer = estimate(model.profile, target, job, how)
     answer = with_measured(answer, request.remembered(args, model.profile.config, target), target, job, how)
     if args.json:
         print_json(as_json(answer, training_cost(target, job, how, answer.speed)))

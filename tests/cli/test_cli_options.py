@@ -25,7 +25,7 @@ COMMON = {"-h", "--help", "--json", "--debug"}
 FROZEN = {
     "check": COMMON | HARDWARE | JOB | STRATEGY | {"--offline", "--prefer"},
     "plan": COMMON | HARDWARE | JOB | STRATEGY | {"--offline", "--prefer", "-o", "--output"},
-    "estimate": COMMON | HARDWARE | JOB | STRATEGY | {"--offline"},
+    "estimate": COMMON | HARDWARE | JOB | STRATEGY | {"--offline", "--exact"},
     "models": COMMON | HARDWARE | JOB,
     "gpus": COMMON,
     "inspect": COMMON,
