@@ -1,6 +1,6 @@
 """Rehearse plans and hold what they predicted against what was measured.
 
-    python benchmarks/rehearse.py FOLDER [--cap-at process_bytes] [-- EXECUTOR OPTIONS]
+    python benchmarks/rehearse.py FOLDER [--cap-at process_bytes] [--only TEXT] [-- EXECUTOR OPTIONS]
 
 Each plan runs in a fresh process with random weights in the model's real shapes. One JSON line per plan is
 appended to the results: plan and digest, command, prediction, measurement, error (measured / predicted -
@@ -56,9 +56,11 @@ def main() -> int:
         choices=("process_bytes", "low_bytes", "high_bytes"),
         help="run under --vram-cap at this figure of the first card's estimate",
     )
+    parser.add_argument("--only", default="", help="only plans with this in their name")
+    parser.add_argument("--timeout", type=float, default=600, help="seconds after which a plan is given up")
     at = sys.argv.index("--") if "--" in sys.argv else len(sys.argv)
     args, options = parser.parse_args(sys.argv[1:at]), sys.argv[at + 1 :]
-    plans = sorted(args.folder.glob("*.plan.json"))
+    plans = sorted(args.folder.glob(f"*{args.only}*.plan.json"))
     results = args.results or args.folder / "results.jsonl"
     if not plans:
         print(f"no plans in {args.folder}", file=sys.stderr)
@@ -66,7 +68,7 @@ def main() -> int:
     worst = 0.0
     failed = False
     for plan in plans:
-        row = rehearse(plan, options, args.cap_at)
+        row = rehearse(plan, options, args.cap_at, args.timeout)
         with open(results, "a") as f:
             f.write(json.dumps(row, sort_keys=True) + "\n")
         print(summary(row), flush=True)
@@ -75,8 +77,10 @@ def main() -> int:
     return int(failed or worst > args.tolerance)
 
 
-def rehearse(plan: Path, options: list[str], cap_at: str | None = None) -> dict[str, Any]:
-    """One plan in a process of its own."""
+def rehearse(
+    plan: Path, options: list[str], cap_at: str | None = None, timeout: float | None = None
+) -> dict[str, Any]:
+    """One plan in a process of its own, killed after `timeout` seconds (exit code 124)."""
     content = json.loads(plan.read_text())
     candidate = content["candidates"][0]
     if cap_at is not None:
@@ -88,9 +92,7 @@ def rehearse(plan: Path, options: list[str], cap_at: str | None = None) -> dict[
             **os.environ,
             "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]),
         }
-        done = subprocess.run(
-            [sys.executable, *arguments], capture_output=True, text=True, env=environment, check=False
-        )
+        code, out, err = _run([sys.executable, *arguments], environment, timeout)
     row: dict[str, Any] = {
         "plan": plan.name,
         "plan_digest": content["digest"],
@@ -102,11 +104,24 @@ def rehearse(plan: Path, options: list[str], cap_at: str | None = None) -> dict[
             "speed": candidate["speed"],
         },
     }
-    if done.returncode:
-        return {**row, "exit_code": done.returncode, "stderr": done.stderr.strip()[-2000:]}
-    report = json.loads(done.stdout)
+    if code:
+        return {**row, "exit_code": code, "stderr": err.strip()[-4000:]}
+    report = json.loads(out)
     row["measured"] = {name: report[name] for name in MEASURED}
     return {**row, "error": report["error"], "environment": report["environment"]}
+
+
+def _run(command: list[str], environment: dict[str, str], timeout: float | None) -> tuple[int, str, str]:
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
+    ) as process:
+        try:
+            out, err = process.communicate(timeout=timeout)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            out, err = process.communicate()
+            return 124, out, f"{err}\ngiven up after {timeout:g} s"
+        return process.returncode, out, err
 
 
 def summary(row: dict[str, Any]) -> str:

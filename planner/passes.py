@@ -28,6 +28,8 @@ from planner.work import (
 
 # torch.cat of a dynamic cache reads and writes all of it, then attention reads it.
 _CACHE_PASSES = {"dynamic": 3, "static": 1, "offloaded": 3, "quantized": 3}
+# What a layer launches more in decode: shift, stack, scale and join packed keys, and values.
+_CACHE_KERNELS = {"quantized": 14}
 # Flash attention's backward recomputes the scores: five products for the forward's two (arXiv:2307.08691).
 _ATTENTION_BACKWARD = 2.5
 # Bytes an optimizer step moves for each parameter: gradient, weight and two moments read, all but the first
@@ -96,7 +98,7 @@ def decode_seconds(job: Job, rates: Rates, level: Level) -> Seconds | None:
     if fetched is None:
         return None
     link, disk = fetched
-    kernels = launches(work, strategy, adapters=False)
+    kernels = launches(work, strategy, adapters=False) + work.layers * _CACHE_KERNELS.get(strategy.cache, 0)
     # over a static cache the executor records one step in a CUDA graph; LLM.int8 decides things on the host
     recorded = strategy.cache == "static" and not job.on_cpu and strategy.quant != "int8"
     overhead = efficiency("token_overhead_seconds", level)
