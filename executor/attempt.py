@@ -11,8 +11,10 @@ from executor.card import Card, managed_bytes
 from executor.device import check_abilities, choose_device, require_packages, torch_dtype
 from executor.engines import Loaded, LoadRequest, find_engine
 from executor.environment import describe
+from executor.gauges import Gauges
 from executor.infer import Generated, Generation, generate
 from executor.inputs import Inputs
+from executor.loading_progress import counting_tensors
 from executor.measure import HostSampler, MomentMeter, held_bytes, resident_bytes
 from executor.memory_errors import Shortage, shortage
 from executor.options import RunOptions
@@ -93,9 +95,11 @@ class Attempt:
         self.meter = MomentMeter(device)
         sampler = HostSampler()
         outcome.host_base_bytes = sampler.peak_bytes
+        gauges = Gauges(self.candidate, self.plan.workload, device, self.options.vram_cap_bytes)
         try:
-            loaded = self._loaded = self._load(load, device, outcome)
-            self._work(loaded, device, outcome)
+            with ui.watching(gauges):
+                loaded = self._loaded = self._load(load, device, outcome)
+                self._work(loaded, device, outcome)
         except BaseException:
             if self._loaded is not None:
                 self._loaded.close()
@@ -147,7 +151,8 @@ class Attempt:
         self.meter.enter("load")
         began = time.monotonic()
         what = "making random weights for" if self.source.folder is None else "loading"
-        with ui.stage(f"{what} {self.plan.model.id} ({self.candidate.strategy.quant}, {device})"):
+        text = f"{what} {self.plan.model.id} ({self.candidate.strategy.quant}, {device})"
+        with ui.Steps(text) as steps, counting_tensors(steps):
             loaded: Loaded = load(
                 LoadRequest(
                     source=self.source,

@@ -110,6 +110,13 @@ class _Passes:
         self._measure(ids, done)
         return done.sequences
 
+    def now(self) -> tuple[float, str]:
+        """Answers so far, in parts of one too, and the speed, for the live view."""
+        batch, (passes, seconds) = self._job.workload.sequences, self._clock.so_far()
+        rate = batch * (passes - 1) / seconds if seconds else self.result.decode_tokens_per_s
+        part = batch * min(1.0, passes / self._job.new_tokens)
+        return self.result.prompts + part, f"{rate:,.1f} tokens/s" if rate else ""
+
     def _generate(self, ids: Any, mask: Any, **more: Any) -> Any:
         import torch
 
@@ -155,7 +162,8 @@ def _rehearse(job: Generation, clock: PassClock) -> Generated:
     shape = (job.workload.sequences, job.workload.prompt_tokens)
     ids = torch.randint(0, vocabulary, shape, generator=generator).to(job.device)
     passes = _Passes(job, clock, shape[1], pad=0)
-    with ui.stage(f"generating {job.new_tokens} tokens after {shape[0]} x {shape[1]} random ones"):
+    what = f"generating {job.new_tokens} tokens after {shape[1]} random ones"
+    with ui.Steps(what, shape[0], now=passes.now):
         passes.run(ids, torch.ones_like(ids))
     return passes.result
 
@@ -170,7 +178,7 @@ def _answer_all(job: Generation, clock: PassClock) -> Generated:
     passes.result.prompts = len(rows)
     job.stop.graceful = True
     streamer = _streamer(job)
-    with nullcontext() if streamer else ui.Steps("generating", len(texts), len(rows)) as steps:
+    with nullcontext() if streamer else ui.Steps("generating", len(texts), len(rows), passes.now) as steps:
         for start in range(len(rows), len(texts), size):
             answers = _answer(job, texts[start : start + size], passes, streamer)
             for index, answer in enumerate(answers, start):

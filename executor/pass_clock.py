@@ -34,6 +34,11 @@ class PassClock:
         if self._passes < 2:
             self._second = end
         self.prefill_seconds, self.decode_seconds = self._second - self._began, end - self._second
+        self._passes = 0
+
+    def so_far(self) -> tuple[int, float]:
+        """Passes of the call in work and seconds since the second began; asked by the live view's thread."""
+        return self._passes, time.monotonic() - self._second if self._passes > 1 else 0.0
 
     def remove(self) -> None:
         """Take the hook away."""
