@@ -14,10 +14,12 @@ from msgspec import Struct
 from executor.errors import CannotHonour, OutOfMemory
 from planner.inspect.installed import stack_of
 from planner.types import Candidate, Gpu, GpuEstimate, Machine, Plan, Stack
-from planner.units import format_bytes
+from planner.units import GIB, format_bytes
 from planner.verdict import RAM_UNCERTAINTY
 
 IN_OUTPUT = ("offload folder", "checkpoints", "final adapter", "final model")
+DRIVERS_OWN_BYTES = GIB
+"""More than the driver keeps to itself on any card (300 to 900 MiB)."""
 NAMES = ("torch", "transformers", "bitsandbytes", "peft")
 
 
@@ -66,6 +68,7 @@ def decide(
         cards = candidate.estimate.gpus[:1] if plan.workload.task == "train" else candidate.estimate.gpus
         for gpu in cards:
             found += _card(gpu, now.machine.gpus, vram_cap_bytes, rehearse)
+            found += _other_card(gpu, plan.machine.gpus, now.machine.gpus)
         found += _ram(candidate, now.machine)
     found += _disk(candidate, now, rehearse)
     return tuple(sorted(found, key=lambda problem: not problem.fatal))
@@ -112,8 +115,23 @@ def clear(
 # --------------------------------------------------------------------------- card
 
 
+def _find(gpu: GpuEstimate, cards: Sequence[Gpu]) -> Gpu | None:
+    return next((card for card in cards if card.index == gpu.index), cards[-1] if cards else None)
+
+
+def _other_card(gpu: GpuEstimate, planned: Sequence[Gpu], cards: Sequence[Gpu]) -> Iterator[Problem]:
+    then, here = _find(gpu, planned), _find(gpu, cards)
+    if then is None or here is None or then.profile.memory_basis == "given":
+        return
+    if then.profile.id != here.profile.id:
+        yield Problem(
+            f"the plan is for {then.profile.name} and card {here.index} is {here.profile.name}",
+            "speed will differ; plan again on this machine",
+        )
+
+
 def _card(gpu: GpuEstimate, cards: Sequence[Gpu], cap: int | None, rehearse: bool) -> Iterator[Problem]:
-    card = next((card for card in cards if card.index == gpu.index), cards[-1] if cards else None)
+    card = _find(gpu, cards)
     free = card.free_bytes if card else None
     if cap is not None and (free is None or cap <= free):
         room, has = cap, f"--vram-cap is {format_bytes(cap)}"
@@ -143,9 +161,21 @@ def _to_close(card: Gpu) -> str:
         + (f", {format_bytes(process.used_bytes)})" if process.used_bytes else ")")
         for process in users
     ]
+    unseen = _unseen_bytes(card)
+    if unseen:
+        names.append(f"what holds {format_bytes(unseen)} unseen from here (other users, containers)")
     if not names:
         return "plan again on this machine, with a smaller batch, sequence or precision"
     return f"close {', '.join(names)}, or plan again on this machine"
+
+
+def _unseen_bytes(card: Gpu) -> int:
+    """Memory in use that no process known here accounts for; 0 where too little is known to say so."""
+    if card.free_bytes is None or any(process.used_bytes is None for process in card.processes):
+        return 0
+    known = sum(process.used_bytes or 0 for process in card.processes)
+    unseen = card.total_bytes - card.free_bytes - known
+    return unseen if unseen >= DRIVERS_OWN_BYTES else 0
 
 
 # --------------------------------------------------------------------------- RAM

@@ -133,6 +133,21 @@ def test_what_holds_the_card_is_named_largest_first() -> None:
     assert "plan again" in str(only(problems(candidate(), now(5, users=()))))
 
 
+def test_memory_that_nobody_here_holds_is_told_apart() -> None:
+    # 24 GiB in all, 5 free, 4 held by the two that can be seen
+    assert "what holds 15 GiB unseen from here" in str(only(problems(candidate(), now(5))))
+    blind = (GpuProcess(7, None, None),)
+    said = str(only(problems(candidate(), now(5, users=blind))))
+    assert "a process (pid 7)" in said and "unseen" not in said
+
+
+def test_another_card_than_the_planned_one_is_a_warning() -> None:
+    way = candidate()
+    planned = machine_from_gpus([(load_gpu("rtx-4090"), 1)])
+    found = only(decide(replace(plan(way), machine=planned), way, now()))
+    assert not found.fatal and "RTX 4090" in found.text and "RTX 3090" in found.text
+
+
 def test_the_cap_stands_for_the_card_unless_less_is_free() -> None:
     capped = only(problems(candidate(), now(), vram_cap_bytes=5 * GIB))
     assert capped.fatal and "--vram-cap is 5 GiB" in capped.text and "raise it" in capped.advice
