@@ -13,6 +13,14 @@ EXIT_CODE = 130
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
+class Stopped(KeyboardInterrupt):
+    """A signal broke in.
+
+    A class of its own: where KeyboardInterrupt itself leaves an `exec` of some library, CPython remembers it
+    and ends the process by SIGINT in place of its exit code (`Python/pythonrun.c`, run_eval_code_obj).
+    """
+
+
 class StopRequest:
     """Between `__enter__` and `__exit__` signals are noted instead of breaking in.
 
@@ -43,5 +51,5 @@ class StopRequest:
             os._exit(EXIT_CODE)
         self.requested = True
         if not self.graceful:
-            raise KeyboardInterrupt
+            raise Stopped
         ui.say("stopping after this step; a checkpoint will be written (again to stop at once)")
