@@ -1,10 +1,9 @@
-"""Examples into batches: padding, packing, a held-out part, and random tokens for rehearsing."""
+"""Examples into batches: padding, a held-out part, and random tokens for rehearsing."""
 
 from __future__ import annotations
 
-import bisect
 import random
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from executor.examples import IGNORED, Example
@@ -48,15 +47,19 @@ class Collator:
     """Pads a batch on the right to its longest sequence, rounded up. Shapes of the result: batch x length.
 
     Every new length costs the matrix libraries a new choice of kernel (on the CPU a compilation), hence the
-    rounding.
+    rounding. With `flat`, packed sequences are joined into one, unpadded: flash attention tells rows apart by
+    positions in a batch of one only.
     """
 
-    def __init__(self, pad_token_id: int, multiple: int, seq_len: int) -> None:
-        self._pad, self._multiple, self._seq_len = pad_token_id, multiple, seq_len
+    def __init__(self, pad_token_id: int, multiple: int, seq_len: int, flat: bool = False) -> None:
+        self._pad, self._multiple, self._seq_len, self._flat = pad_token_id, multiple, seq_len, flat
 
     def __call__(self, items: Sequence[dict[str, list[int]]]) -> dict[str, torch.Tensor]:
         import torch
 
+        if self._flat and "position_ids" in items[0]:
+            joined = {name: [token for item in items for token in item[name]] for name in items[0]}
+            return {name: torch.tensor([values]) for name, values in joined.items()}
         longest = max(len(item["input_ids"]) for item in items)
         longest = min(-(-longest // self._multiple) * self._multiple, max(longest, self._seq_len))
 
@@ -73,27 +76,15 @@ class Collator:
         return batch
 
 
-def pack(examples: Sequence[Example], seq_len: int) -> list[Example]:
-    """Several examples in one sequence: longest first, each where least room is left (best-fit decreasing).
-
-    Positions start again at 0 with each example, from which transformers makes a mask that keeps them apart.
-    """
-    packed: list[Example] = []
-    room: list[tuple[int, int]] = []  # (tokens left, index in packed), sorted
-    for example in sorted(examples, key=lambda e: -len(e.input_ids)):
-        size = len(example.input_ids)
-        at = bisect.bisect_left(room, (size, -1))
-        if at < len(room):
-            left, index = room.pop(at)
-        else:
-            left, index = seq_len, len(packed)
-            packed.append(Example([], []))
-        home = packed[index]
-        home.input_ids += example.input_ids
-        home.labels += [IGNORED, *example.labels[1:]]
-        home.position_ids += range(size)
-        bisect.insort(room, (left - size, index))
-    return packed
+def count_tokens(batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    """Tokens of a batch that are not padding, as a tensor on its device."""
+    if "attention_mask" in batch:
+        return batch["attention_mask"].sum()
+    if "position_ids" not in batch:
+        return batch["input_ids"].new_tensor(batch["input_ids"].numel())
+    # padding has position 0, and so has the first token of each row, which a token of position 1 follows
+    positions = batch["position_ids"]
+    return (positions > 0).sum() + (positions == 1).sum()
 
 
 def split(examples: Sequence[Example], part: float, seed: int) -> tuple[list[Example], list[Example]]:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from executor.errors import BadOption, FitwrightError
-from executor.options import RunOptions
+from executor.options import LEARNING_RATE, RunOptions
 from planner.streams import reopen_closed, settle, tell
 
 ENGINES = ("resident", "accelerate", "stream")
@@ -178,7 +178,10 @@ def _add_inference_options(p: argparse._ArgumentGroup, rehearse: bool) -> None:
 def _add_training_options(p: argparse._ArgumentGroup, rehearse: bool) -> None:
     p.add_argument("--max-steps", type=_at_least(1), metavar="N", help="stop after this many optimizer steps")
     p.add_argument(
-        "--learning-rate", type=_number(0.0, 1000.0), metavar="X", help="peak rate (2e-4; full: 2e-5)"
+        "--learning-rate",
+        type=_number(0.0, 1000.0),
+        metavar="X",
+        help="peak rate (default: {lora:g}; method full: {full:g})".format(**LEARNING_RATE),
     )
     if rehearse:
         return
@@ -202,7 +205,11 @@ def _add_training_options(p: argparse._ArgumentGroup, rehearse: bool) -> None:
         "--save-steps", type=_at_least(1), metavar="N", help="steps between checkpoints (default: a tenth)"
     )
     p.add_argument(
-        "--eval-split", type=_number(0.0, 0.9), default=0.0, metavar="X", help="part of the rows held out"
+        "--eval-split",
+        type=_number(0.0, 0.9),
+        default=0.0,
+        metavar="X",
+        help="part of the rows held out; their loss is taken with each checkpoint",
     )
     p.add_argument(
         "--packing",

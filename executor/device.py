@@ -21,10 +21,11 @@ def require_packages(candidate: Candidate, workload: Workload, report_to: str = 
         needed.append("peft")
     if candidate.strategy.optimizer.endswith("8bit") or candidate.strategy.optimizer.startswith("paged"):
         needed += ["bitsandbytes"] if workload.task == "train" else []
-    needed += ["tensorboard"] if report_to == "tensorboard" else []
     missing = sorted({name for name in needed if importlib.util.find_spec(name) is None})
     if missing:
         raise MissingPackage(f"{', '.join(missing)} not installed", "pip install 'fitwright[executor]'")
+    if report_to == "tensorboard" and importlib.util.find_spec("tensorboard") is None:
+        raise MissingPackage("tensorboard is not installed", "pip install tensorboard")
 
 
 def choose_device(candidate: Candidate) -> torch.device:

@@ -12,14 +12,16 @@ from typing import TYPE_CHECKING, Any
 
 from executor import ui
 from executor.adapters import add_adapters
-from executor.batches import Collator, Examples, RandomTokens, pack, split
+from executor.batches import Collator, Examples, RandomTokens, split
 from executor.checkpoints import last_whole
+from executor.continuity import go_on_as
 from executor.engines import Loaded
 from executor.examples import prepare
 from executor.files import publish_folder
 from executor.measure import MomentMeter, tensor_bytes, watch_training
 from executor.options import RunOptions
 from executor.output import OutputDirectory
+from executor.packing import pack, refuse_mixing
 from executor.rows import Row
 from executor.stopping import StopRequest
 from executor.trainer import RunCallback, RunTrainer, TrainingRecord, read_progress
@@ -79,21 +81,27 @@ def train(job: Training) -> Trained:
     checkpoint = last_whole(job.output)
     resumed = int(checkpoint.name.split("-")[1]) if checkpoint is not None else 0
     if checkpoint is not None:
-        record.losses.extend(read_progress(checkpoint))
+        notes += go_on_as(read_progress(checkpoint, record), job.device)
         ui.say(f"resuming from step {resumed} of {total}")
     components = _components(model)
     with (
         choose_loss(job.strategy, job.device, model, notes),
         _watched(model, job.meter),
         ui.Steps("training", total, resumed) as steps,
+        contextlib.ExitStack() as ending,
     ):
         trainer.add_callback(RunCallback(trainer, steps, job.stop))
+        if job.options.report_to == "tensorboard":
+            from executor.event_log import EventLog
+
+            log = EventLog(job.output.path / "logs", record, resumed)
+            trainer.add_callback(log)
+            ending.callback(log.close)
         _run_loop(trainer, checkpoint, resumed, total, job.stop)
         interrupted = job.stop.requested and len(record.losses) < total
         job.meter.leave()
-        if eval_set is not None and not interrupted:
-            loss = trainer.evaluate()["eval_loss"]
-            notes.append(f"evaluation loss {loss:.6f} over {len(eval_set)} held-out sequences")
+    if record.evaluations and eval_set is not None:
+        notes.append(_evaluation_note(record, len(eval_set)))
     components |= {"gradients": record.gradient_bytes, "optimizer state": record.optimizer_bytes}
     if not interrupted:
         _leave_result(job, model)
@@ -139,6 +147,10 @@ def _datasets(job: Training, notes: list[str]) -> tuple[Any, Any]:
             f"{prepared.empty} of {len(rows)} rows were left out: no answer within {workload.seq_len} tokens"
         )
     train_part, eval_part = split(prepared.examples, options.eval_split, options.seed)
+    if prepared.endless:
+        notes.append(
+            f"{prepared.endless} of {len(rows)} rows have no end-of-turn token: generation may not stop"
+        )
     if options.packing:
         train_part = pack(train_part, workload.seq_len)
         notes.append(f"packed into {len(train_part)} sequences of at most {workload.seq_len} tokens")
@@ -148,6 +160,8 @@ def _datasets(job: Training, notes: list[str]) -> tuple[Any, Any]:
 def _trainable(job: Training) -> Any:
     model = job.loaded.model
     model.config.use_cache = False
+    if job.options.packing and not job.options.rehearse:
+        refuse_mixing(model, _collator(job))
     if job.workload.method == "full":
         return model
     return add_adapters(model, job.workload, job.strategy)
@@ -172,8 +186,6 @@ def _make_trainer(
 ) -> RunTrainer:
     from transformers import PrinterCallback, ProgressCallback
 
-    tokenizer = job.loaded.tokenizer
-    pad = 0 if tokenizer is None or tokenizer.pad_token_id is None else tokenizer.pad_token_id
     trainer = RunTrainer(
         model=model,
         args=training_arguments(
@@ -181,8 +193,8 @@ def _make_trainer(
         ),
         train_dataset=train_set,
         eval_dataset=eval_set,
-        data_collator=Collator(pad, PAD_MULTIPLE[job.device.type], job.workload.seq_len),
-        processing_class=tokenizer,
+        data_collator=_collator(job),
+        processing_class=job.loaded.tokenizer,
         record=record,
         output=job.output.path,
         meter=job.meter,
@@ -190,6 +202,20 @@ def _make_trainer(
     trainer.remove_callback(PrinterCallback)
     trainer.remove_callback(ProgressCallback)
     return trainer
+
+
+def _collator(job: Training) -> Collator:
+    tokenizer = job.loaded.tokenizer
+    pad = 0 if tokenizer is None or tokenizer.pad_token_id is None else tokenizer.pad_token_id
+    flat = job.strategy.attention == "flash_attention_2"
+    return Collator(pad, PAD_MULTIPLE[job.device.type], job.workload.seq_len, flat)
+
+
+def _evaluation_note(record: TrainingRecord, examples: int) -> str:
+    step, loss = record.evaluations[-1]
+    best, least = min(record.evaluations, key=lambda entry: entry[1])
+    text = f"evaluation loss {loss:.6f} after step {step} over {examples} held-out sequences"
+    return text if best == step else f"{text}; the least was {least:.6f} after step {best}"
 
 
 @contextlib.contextmanager

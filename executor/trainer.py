@@ -13,8 +13,11 @@ from transformers import Trainer, TrainerCallback
 from transformers.trainer_callback import ExportableState
 
 from executor import ui
+from executor.batches import count_tokens
 from executor.card import managed_bytes
 from executor.checkpoints import seal
+from executor.continuity import numerics
+from executor.examples import IGNORED
 from executor.files import publish_folder, write_atomically
 from executor.measure import MomentMeter, tensor_bytes
 from executor.stopping import StopRequest
@@ -33,6 +36,8 @@ class TrainingRecord:
 
     losses: list[float] = field(default_factory=list)
     """Loss of every optimizer step since step 1, across resumes."""
+    evaluations: list[tuple[int, float]] = field(default_factory=list)
+    """Step and loss on the held-out examples, across resumes."""
     step_seconds: list[float] = field(default_factory=list)
     """Duration of each step of this process, saving not counted."""
     step_tokens: list[int] = field(default_factory=list)
@@ -53,12 +58,11 @@ class RunTrainer(Trainer):
         super().__init__(*args, **kwargs)
         self.record, self.output, self.meter = record, output, meter
         self._micro_losses: list[torch.Tensor] = []
-        self._tokens = 0
+        self._micro_tokens: list[torch.Tensor] = []
 
     def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> Any:
-        """As Trainer's; also counts tokens and keeps the loss on the device."""
-        mask = inputs.get("attention_mask")
-        self._tokens += int(inputs["input_ids"].numel() if mask is None else mask.sum())
+        """As Trainer's; also counts tokens and keeps the loss, both on the device."""
+        self._micro_tokens.append(count_tokens(inputs))
         loss = super().training_step(model, inputs, num_items_in_batch)
         self._micro_losses.append(loss)
         return loss
@@ -66,9 +70,43 @@ class RunTrainer(Trainer):
     def take_step(self) -> tuple[float, int]:
         """Loss and tokens of the optimizer step that just ended."""
         loss = float(sum(float(part) for part in self._micro_losses))
-        tokens = self._tokens
-        self._micro_losses, self._tokens = [], 0
+        tokens = sum(int(part) for part in self._micro_tokens)
+        self._micro_losses, self._micro_tokens = [], []
         return loss, tokens
+
+    def held_out_loss(self) -> float:
+        """Mean loss of the learned tokens of the held-out examples.
+
+        Trainer's own evaluation averages over batches, whatever they hold, and draws a random number for its
+        loader, after which dropout would be another.
+        """
+        import torch
+
+        assert self.eval_dataset is not None
+        examples, size = self.eval_dataset, self.args.per_device_eval_batch_size
+        total, learned = 0.0, 0
+        self.model.eval()
+        with torch.no_grad(), self.accelerator.autocast():
+            for start in range(0, len(examples), size):
+                chosen = range(start, min(start + size, len(examples)))
+                inputs = self._prepare_inputs(self.data_collator([examples[i] for i in chosen]))
+                count = int((inputs["labels"][:, 1:] != IGNORED).sum())
+                total += float(self.compute_loss(self.model, inputs)) * count
+                learned += count
+        self.model.train()
+        return total / learned
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        """As Trainer's, but adapters keep their dtype: peft's `load_adapter` would make 16-bit ones fp32."""
+        model = self.model if model is None else model
+        if not hasattr(model, "get_base_model"):
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+            return
+        from peft import set_peft_model_state_dict
+        from safetensors.torch import load_file
+
+        state = load_file(Path(resume_from_checkpoint) / "adapter_model.safetensors")
+        set_peft_model_state_dict(model, state, adapter_name=model.active_adapter)
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         self.meter.enter("checkpoint_save")
@@ -81,10 +119,15 @@ class RunTrainer(Trainer):
         self._save_scaler(str(staging))
         self._save_rng_state(str(staging))
         self._save_trainer_state(staging)
-        write_atomically(staging / PROGRESS_FILE, json.dumps({"losses": self.record.losses}))
+        write_atomically(staging / PROGRESS_FILE, json.dumps(self._progress()))
         seal(staging)
         publish_folder(staging, self.output / f"checkpoint-{self.state.global_step}")
         self._forget_old_checkpoints()
+
+    def _progress(self) -> dict[str, Any]:
+        record = self.record
+        numbers = numerics(self.args.device)
+        return {"losses": record.losses, "evaluations": record.evaluations, "environment": numbers}
 
     def _save_trainer_state(self, folder: Path) -> None:
         for part in [*self.callback_handler.callbacks, self.control]:
@@ -132,13 +175,25 @@ class RunCallback(TrainerCallback):
             self._measure_optimizer()
             if record.after_first_step is not None:
                 record.after_first_step()
-        rate = tokens / max(record.step_seconds[-1], 1e-9)
-        self._steps.update(state.global_step, f"loss {loss:.4f}  {rate:,.0f} tokens/s")
+        if self._evaluates_after(state, args):
+            record.evaluations.append((state.global_step, trainer.held_out_loss()))
+        self._steps.update(state.global_step, self._figures(loss, tokens))
         if time.monotonic() - self._saved >= SAVE_AFTER_SECONDS:
             control.should_save = True
         if self._stop.requested:
             control.should_save = control.should_training_stop = True
         return control
+
+    def _evaluates_after(self, state: Any, args: Any) -> bool:
+        """With each checkpoint that is due by its step, and with the last."""
+        due = state.global_step % args.save_steps == 0 or state.global_step >= state.max_steps
+        return due and self._trainer.eval_dataset is not None and not self._stop.requested
+
+    def _figures(self, loss: float, tokens: int) -> str:
+        record = self._trainer.record
+        rate = tokens / max(record.step_seconds[-1], 1e-9)
+        held_out = f"  held out {record.evaluations[-1][1]:.4f}" if record.evaluations else ""
+        return f"loss {loss:.4f}{held_out}  {rate:,.0f} tokens/s"
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """A checkpoint is complete."""
@@ -152,6 +207,9 @@ class RunCallback(TrainerCallback):
         record.managed_bytes = managed_bytes()
 
 
-def read_progress(checkpoint: Path) -> list[float]:
-    """Losses of the steps before `checkpoint`."""
-    return [float(x) for x in json.loads((checkpoint / PROGRESS_FILE).read_text())["losses"]]
+def read_progress(checkpoint: Path, record: TrainingRecord) -> dict[str, Any]:
+    """Put what came before `checkpoint` into `record`; returns the environment it was computed in."""
+    progress = json.loads((checkpoint / PROGRESS_FILE).read_text())
+    record.losses.extend(float(loss) for loss in progress["losses"])
+    record.evaluations.extend((int(step), float(loss)) for step, loss in progress.get("evaluations", ()))
+    return dict(progress.get("environment") or {})

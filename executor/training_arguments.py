@@ -4,19 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import math
-import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from executor.losses import chunked_loss
-from executor.options import RunOptions
+from executor.options import LEARNING_RATE, RunOptions
 from planner.types import Strategy, Workload
 
 if TYPE_CHECKING:
     import torch
-
-LEARNING_RATE = {"full": 5e-5, "lora": 2e-4, "qlora": 2e-4}
-"""Peak rates where none is given: transformers' default, and the customary fourfold for adapters."""
 
 
 def training_arguments(
@@ -34,9 +30,6 @@ def training_arguments(
     on_card = device.type == "cuda"
     if not on_card and "paged" in strategy.optimizer:
         notes.append(f"{strategy.optimizer}: paging needs a CUDA card; the same optimizer ran unpaged")
-    logged = options.report_to != "none"
-    if logged:
-        os.environ["TENSORBOARD_LOGGING_DIR"] = str(output / "logs")
     arguments = TrainingArguments(
         output_dir=str(output),
         per_device_train_batch_size=workload.batch_size,
@@ -46,7 +39,7 @@ def training_arguments(
         learning_rate=LEARNING_RATE[workload.method]
         if options.learning_rate is None
         else options.learning_rate,
-        lr_scheduler_type=options.lr_schedule,
+        lr_scheduler_type=_schedule(options),
         warmup_steps=math.ceil(options.warmup_ratio * total),
         optim=strategy.optimizer,
         bf16=strategy.dtype == "bf16",
@@ -57,9 +50,8 @@ def training_arguments(
         use_liger_kernel=strategy.kernels == "liger" and on_card,
         save_strategy="steps",
         save_steps=_save_steps(options, total),
-        logging_strategy="steps" if logged else "no",
-        logging_steps=1,
-        report_to=[options.report_to] if logged else [],
+        logging_strategy="no",
+        report_to=[],
         prediction_loss_only=True,
         remove_unused_columns=False,
         dataloader_pin_memory=on_card,
@@ -70,6 +62,12 @@ def training_arguments(
     )
     arguments._n_gpu = min(arguments.n_gpu, 1)  # several visible cards would silently become DataParallel
     return arguments
+
+
+def _schedule(options: RunOptions) -> str:
+    """transformers' name; its `constant` would pass over a warm-up without a word."""
+    warm = options.lr_schedule == "constant" and options.warmup_ratio > 0
+    return "constant_with_warmup" if warm else options.lr_schedule
 
 
 def _save_steps(options: RunOptions, total: int) -> int:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from executor.batches import Collator, Examples, RandomTokens, pack, split
-from executor.errors import BadDataset
+from executor.batches import Collator, Examples, RandomTokens, count_tokens, split
+from executor.errors import BadDataset, CannotHonour
 from executor.examples import IGNORED, Example, prepare
+from executor.packing import pack, refuse_mixing
 from executor.rows import Row
 from executor.tiny import byte_tokenizer
 
@@ -108,19 +110,73 @@ def test_pack_keeps_every_token_and_never_overflows() -> None:
         assert all(p.labels[i] == IGNORED for i in starts)
 
 
-def test_packed_rows_do_not_see_each_other(tiny: Path) -> None:
+def packed_batch(flat: bool = False) -> tuple[list[Example], dict[str, Any]]:
+    """Rows of several lengths in two sequences of 32, the second padded, unless flat."""
+    lengths = (14, 10, 8, 9, 3, 2, 7)
+    rows = [Example([(7 * n + i) % 300 for i in range(n)], [IGNORED] * 2 + [5] * (n - 2)) for n in lengths]
+    packed = pack(rows, 32)
+    assert len(packed) == 2 and len(packed[1].input_ids) < 32
+    return rows, Collator(0, 1, 32, flat)([Examples(packed)[i] for i in range(2)])
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_packed_rows_compute_what_they_compute_alone(tiny: Path, attention: str) -> None:
     import torch
     from transformers import AutoModelForCausalLM
 
-    model = AutoModelForCausalLM.from_pretrained(tiny, dtype=torch.float32)
-    model.config.use_cache = False
-    examples = [Example(ids, list(ids)) for ids in ([5, 6, 7, 8, 9], [20, 21, 22])]
-    (packed,) = pack(examples, 8)
-    batch = Collator(0, multiple=1, seq_len=8)([Examples([packed])[0]])
+    model = AutoModelForCausalLM.from_pretrained(tiny, dtype=torch.float32, attn_implementation=attention)
+    rows, batch = packed_batch()
+    assert int(count_tokens(batch)) == sum(len(row.input_ids) for row in rows)
+    packed = {tuple(ids): logits for ids, logits in _rows_of(batch, model)}
+    learned = int((batch["labels"][:, 1:] != IGNORED).sum())
+    total = 0.0
     with torch.no_grad():
-        together = model(**{k: v for k, v in batch.items() if k != "labels"}).logits[0]
-        alone = [model(input_ids=torch.tensor([e.input_ids])).logits[0] for e in examples]
-    torch.testing.assert_close(together, torch.cat(alone), rtol=1e-4, atol=1e-4)
+        for row in rows:
+            ids, labels = torch.tensor([row.input_ids]), torch.tensor([row.labels])
+            out = model(input_ids=ids, labels=labels, num_items_in_batch=learned)
+            torch.testing.assert_close(packed[tuple(row.input_ids)], out.logits[0], rtol=1e-4, atol=1e-4)
+            total += float(out.loss) if len(row.input_ids) > 2 else 0.0
+        loss = model(**batch, num_items_in_batch=learned, use_cache=False).loss
+    assert float(loss) == pytest.approx(total, rel=1e-5)
+
+
+def _rows_of(batch: dict[str, Any], model: Any) -> list[tuple[list[int], Any]]:
+    import torch
+
+    with torch.no_grad():
+        inputs = {k: v for k, v in batch.items() if k != "labels"}
+        logits = model(**inputs, use_cache=False).logits
+    found = []
+    for ids, positions, scores in zip(batch["input_ids"], batch["position_ids"], logits, strict=True):
+        starts = [i for i, p in enumerate(positions.tolist()) if p == 0] + [len(positions)]
+        found += [(ids[a:b].tolist(), scores[a:b]) for a, b in pairwise(starts)]
+    return found
+
+
+def test_flat_packing_joins_sequences_without_padding() -> None:
+    rows, batch = packed_batch(flat=True)
+    tokens = sum(len(row.input_ids) for row in rows)
+    assert batch["input_ids"].shape == batch["labels"].shape == (1, tokens)
+    assert int((batch["position_ids"] == 0).sum()) == len(rows) and int(count_tokens(batch)) == tokens
+
+
+@pytest.mark.parametrize("kind", ["qwen2", "qwen3_moe", "falcon_h1", "mamba", "opt"])
+def test_packing_is_refused_for_models_that_mix_rows(kind: str) -> None:
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(
+        kind, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=1, vocab_size=80, pad_token_id=0, num_experts=4, num_experts_per_tok=2,
+        moe_intermediate_size=16, mamba_d_ssm=32, mamba_n_heads=2, mamba_d_state=8, head_dim=16,
+    )  # fmt: skip
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    if kind in ("falcon_h1", "mamba", "opt"):
+        with pytest.raises(CannotHonour, match="--packing"):
+            refuse_mixing(model, Collator(0, 8, 64))
+    else:
+        refuse_mixing(model, Collator(0, 8, 64))
 
 
 def test_split_is_seeded_and_complete() -> None:

@@ -1,0 +1,273 @@
+"""Training in every way: resumed to the same bytes, schedules, small data, evaluation, curves."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import executor, make_plan, strategy
+
+from executor.cli import main
+from executor.tiny import write_tiny_model
+from planner.types import Workload
+
+pytestmark = pytest.mark.executor
+ADAPTER, MODEL = "adapter/adapter_model.safetensors", "model/model.safetensors"
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two layers and 13 rows of several lengths: with batches of two and three the last one is incomplete."""
+    folder = tmp_path_factory.mktemp("small") / "model"
+    write_tiny_model(folder, layers=2, hidden=64)
+    rows = [{"prompt": f"{n} and {n}", "completion": " make " + "x" * (2 * n)} for n in range(1, 14)]
+    (folder / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder
+
+
+def plan_of(folder: Path, model: Path, work: dict[str, Any], how: dict[str, Any]) -> Path:
+    workload = Workload(task="train", **{"seq_len": 64, "batch_size": 2, "method": "lora", **work})
+    return make_plan(folder / "plan.json", model, workload, strategy(**how))
+
+
+def run(plan: Path, model: Path, output: Path, *more: Any) -> dict[str, Any]:
+    data = ["--dataset", model / "data.jsonl", "--output", output, "--seed", 1]
+    assert main(["run", *map(str, [plan, *data, *more])]) == 0
+    return dict(json.loads((output / "report.json").read_text()))
+
+
+def cut(whole: Path, target: Path, step: int) -> Path:
+    """The folder of a run as a kill after `step` would have left it."""
+    shutil.copytree(whole, target)
+    for name in ("adapter", "model"):
+        shutil.rmtree(target / name, ignore_errors=True)
+    (target / "report.json").unlink()
+    state = json.loads((target / "run.json").read_text())
+    (target / "run.json").write_text(json.dumps({**state, "status": "unfinished"}))
+    for checkpoint in target.glob("checkpoint-*"):
+        if int(checkpoint.name.split("-")[1]) > step:
+            shutil.rmtree(checkpoint)
+    assert (target / f"checkpoint-{step}").is_dir()
+    return target
+
+
+# an epoch has 7 batches of two, or 4 steps of two such batches, or fewer where rows are packed or held out
+WAYS: dict[str, tuple[dict[str, Any], dict[str, Any], tuple[Any, ...]]] = {
+    "lora": ({"lora_dropout": 0.3}, {}, ()),
+    "dora": ({"lora_variant": "dora", "lora_dropout": 0.1}, {}, ()),
+    "rslora bf16": ({"lora_variant": "rslora", "adapter_dtype": "bf16"}, {}, ("--lr-schedule", "cosine")),
+    "qlora": ({"method": "qlora"}, {"quant": "nf4", "optimizer": "paged_adamw_8bit"}, ()),
+    "qlora dora": ({"method": "qlora", "lora_variant": "dora"}, {"quant": "nf4"}, ()),
+    "qlora int8": ({"method": "qlora"}, {"quant": "int8"}, ()),
+    "full 8-bit": ({"method": "full"}, {"optimizer": "adamw_8bit"}, ()),
+    "accumulation": ({"gradient_accumulation_steps": 2}, {"loss": "fused"}, ("--warmup-ratio", 0.3)),
+    "packing": ({"lora_targets": "attention"}, {}, ("--packing", "--eval-split", 0.2)),
+}
+STEPS = {"lora": (5, 7, 12), "accumulation": (4, 5)}
+"""Where to break off: within an epoch, at its end, and with only the result missing."""
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_resumed_runs_end_with_the_bytes_of_unbroken_ones(
+    tmp_path: Path, small: Path, way: str, monkeypatch: Any
+) -> None:
+    from executor import trainer
+
+    monkeypatch.setattr(trainer, "KEPT_CHECKPOINTS", 12)
+    work, how, more = WAYS[way]
+    plan = plan_of(tmp_path, small, work, how)
+    more = (*more, "--max-steps", 12, "--save-steps", 1)
+    first = run(plan, small, tmp_path / "whole", *more)
+    result = MODEL if work.get("method") == "full" else ADAPTER
+    for step in STEPS.get(way, (6,)):
+        part = cut(tmp_path / "whole", tmp_path / f"cut-{step}", step)
+        resumed = run(plan, small, part, *more)
+        assert resumed["resumed_from_step"] == step and resumed["steps"] == 12
+        assert resumed["losses"] == first["losses"] and len(set(first["losses"])) == 12
+        same = (tmp_path / "whole" / result).read_bytes() == (part / result).read_bytes()
+        assert same, f"resumed from step {step}"
+        assert resumed["notes"] == first["notes"]
+
+
+def test_a_resumed_run_takes_the_threads_of_the_first(tmp_path: Path, tiny: Path) -> None:
+    plan = plan_of(tmp_path, tiny, {"seq_len": 64}, {})
+    data = ["--dataset", tiny / "data.jsonl", "--max-steps", 6, "--save-steps", 3, "--seed", 1, "--output"]
+    for name, threads in (("one", "1"), ("two", "2")):
+        done = executor("run", plan, *data, tmp_path / name, OMP_NUM_THREADS=threads)
+        assert done.returncode == 0, done.stderr
+    cut(tmp_path / "one", tmp_path / "cut", 3)
+    progress = tmp_path / "cut" / "checkpoint-3" / "progress.json"
+    assert json.loads(progress.read_text())["environment"]["threads"] == 1
+    done = executor("run", plan, *data, tmp_path / "cut", OMP_NUM_THREADS="2")
+    assert done.returncode == 0, done.stderr
+    bytes_of = {name: (tmp_path / name / ADAPTER).read_bytes() for name in ("one", "two", "cut")}
+    assert bytes_of["cut"] == bytes_of["one"] != bytes_of["two"]
+    assert json.loads((tmp_path / "cut" / "report.json").read_text())["environment"]["threads"] == 1
+
+
+def test_other_versions_on_resume_are_said_and_not_refused() -> None:
+    import torch
+
+    from executor.continuity import go_on_as, numerics
+
+    device = torch.device("cpu")
+    now = numerics(device)
+    assert go_on_as(now, device) == [] == go_on_as({}, device)
+    before = {**now, "libraries": {**now["libraries"], "torch": "2.9.0"}, "instructions": "NO AVX"}
+    (line,) = go_on_as(before, device)
+    assert f"torch 2.9.0 → {now['libraries']['torch']}" in line and "instructions NO AVX → " in line
+
+
+@pytest.mark.parametrize(
+    ("schedule", "warm", "expected"),
+    [
+        ("linear", 0.0, [1.0, 0.75, 0.5, 0.25]),
+        ("linear", 0.25, [0.0, 1.0, 2 / 3, 1 / 3]),
+        ("cosine", 0.0, [(1 + math.cos(math.pi * i / 4)) / 2 for i in range(4)]),
+        ("constant", 0.0, [1.0] * 4),
+        ("constant", 0.5, [0.0, 0.5, 1.0, 1.0]),
+        ("constant_with_warmup", 0.5, [0.0, 0.5, 1.0, 1.0]),
+    ],
+)
+def test_schedules(
+    tmp_path: Path, small: Path, monkeypatch: Any, schedule: str, warm: float, expected: list[float]
+) -> None:
+    from executor.trainer import RunCallback
+
+    rates: list[float] = []
+    original = RunCallback.on_pre_optimizer_step
+
+    def note(self: Any, *args: Any, **kwargs: Any) -> None:
+        rates.append(kwargs["optimizer"].param_groups[0]["lr"])
+        original(self, *args, **kwargs)
+
+    monkeypatch.setattr(RunCallback, "on_pre_optimizer_step", note)
+    plan = plan_of(tmp_path, small, {}, {})
+    more = ("--lr-schedule", schedule, "--warmup-ratio", warm, "--learning-rate", 0.01, "--max-steps", 4)
+    run(plan, small, tmp_path / "o", *more)
+    assert rates == pytest.approx([0.01 * part for part in expected])
+
+
+@pytest.mark.parametrize(
+    ("batch", "accumulation", "epochs", "steps"),
+    [(2, 1, 1, 7), (2, 2, 2, 8), (3, 4, 1, 2), (64, 1, 3, 3), (2, 64, 2, 2), (2, 1, 0.5, 4), (2, 1, 1.5, 11)],
+)
+def test_steps_of_incomplete_batches_small_datasets_and_part_epochs(
+    tmp_path: Path, small: Path, batch: int, accumulation: int, epochs: float, steps: int
+) -> None:
+    work = {"batch_size": batch, "gradient_accumulation_steps": accumulation}
+    report = run(plan_of(tmp_path, small, work, {}), small, tmp_path / "o", "--epochs", epochs)
+    assert report["steps"] == len(report["losses"]) == steps
+
+
+def test_a_step_is_the_same_however_it_is_cut_into_batches(tmp_path: Path, small: Path) -> None:
+    """Every learned token weighs the same: 13 rows as one batch, or as batches of 3, 3, 3, 3 and 1."""
+    losses = []
+    for number, (batch, accumulation) in enumerate(((13, 1), (3, 5))):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        work = {"batch_size": batch, "gradient_accumulation_steps": accumulation, "lora_dropout": 0.0}
+        plan = plan_of(folder, small, work, {"dtype": "fp32"})
+        losses.append(run(plan, small, folder / "o", "--epochs", 3, "--learning-rate", 0.01)["losses"])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4) and losses[0][-1] < losses[0][0]
+
+
+def test_held_out_loss_is_a_mean_over_tokens(tmp_path: Path, small: Path) -> None:
+    """Equal to the loss of the merged model over the held-out rows in one go."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from executor.batches import split
+    from executor.examples import prepare
+    from executor.rows import read_examples
+
+    plan = plan_of(tmp_path, small, {"method": "full"}, {"dtype": "fp32"})
+    more = ("--eval-split", 0.4, "--epochs", 2, "--save-steps", 3)
+    report = run(plan, small, tmp_path / "o", *more)
+    (note,) = [n for n in report["notes"] if n.startswith("evaluation loss")]
+    assert "after step 8 over 5 held-out" in note
+    progress = json.loads((tmp_path / "o" / "checkpoint-8" / "progress.json").read_text())
+    assert [step for step, _ in progress["evaluations"]] == [3, 6, 8]
+
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "o" / "model")
+    tokenizer = AutoTokenizer.from_pretrained(small)
+    data = small / "data.jsonl"
+    _, held = split(prepare(data, read_examples(data), tokenizer, 64).examples, 0.4, 1)
+    total, count = 0.0, 0
+    for example in held:
+        learned = sum(label != -100 for label in example.labels[1:])
+        ids, labels = torch.tensor([example.input_ids]), torch.tensor([example.labels])
+        total, count = total + float(model(input_ids=ids, labels=labels).loss) * learned, count + learned
+    assert progress["evaluations"][-1][1] == pytest.approx(total / count, rel=1e-5)
+
+
+def test_packing_counts_no_padding_as_tokens(tmp_path: Path, small: Path, monkeypatch: Any) -> None:
+    from executor.trainer import RunTrainer
+
+    counted: list[int] = []
+    original = RunTrainer.take_step
+
+    def note(self: Any) -> tuple[float, int]:
+        loss, tokens = original(self)
+        counted.append(tokens)
+        return loss, tokens
+
+    monkeypatch.setattr(RunTrainer, "take_step", note)
+    tokens = []
+    for number, more in enumerate(((), ("--packing",))):
+        (tmp_path / str(number)).mkdir()
+        plan = plan_of(tmp_path / str(number), small, {"seq_len": 100}, {})
+        report = run(plan, small, tmp_path / str(number) / "o", *more)
+        assert report["steps"] == (7, 2)[number]
+        tokens.append(sum(counted))
+        counted.clear()
+    assert tokens[0] == tokens[1]
+
+
+def test_curves_can_be_read_back_and_go_on_after_a_kill(tmp_path: Path, small: Path) -> None:
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    plan = plan_of(tmp_path, small, {}, {})
+    more = ("--report-to", "tensorboard", "--max-steps", 6, "--save-steps", 2, "--eval-split", 0.2)
+    run(plan, small, tmp_path / "o", *more)
+    report = run(plan, small, cut(tmp_path / "o", tmp_path / "cut", 4), *more)
+    assert report["resumed_from_step"] == 4 and len(list((tmp_path / "cut" / "logs").iterdir())) == 2
+    curves = EventAccumulator(str(tmp_path / "cut" / "logs")).Reload()
+    assert sorted(curves.Tags()["scalars"]) == [
+        "eval/loss", "train/learning_rate", "train/loss", "train/tokens_per_s",
+    ]  # fmt: skip
+    points = curves.Scalars("train/loss")
+    assert [p.step for p in points] == [1, 2, 3, 4, 5, 6]
+    assert [p.value for p in points] == pytest.approx(report["losses"])
+    rates = [p.value for p in curves.Scalars("train/learning_rate")]
+    assert rates == pytest.approx([2e-4 * (1 - i / 6) for i in range(6)])
+    assert all(p.value > 0 for p in curves.Scalars("train/tokens_per_s"))
+    assert [p.step for p in curves.Scalars("eval/loss")] == [2, 4, 6]
+
+
+def test_tensorboard_missing_is_one_line(tmp_path: Path, small: Path, monkeypatch: Any, capsys: Any) -> None:
+    import importlib.util
+
+    found = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda n, *a: None if n == "tensorboard" else found(n, *a)
+    )
+    plan = plan_of(tmp_path, small, {}, {})
+    args = [plan, "--dataset", small / "data.jsonl", "--output", tmp_path / "o", "--report-to", "tensorboard"]
+    assert main(["run", *map(str, args)]) == 2
+    said = capsys.readouterr().err.splitlines()[-2:]
+    assert said == ["error: tensorboard is not installed", "hint: pip install tensorboard"]
+
+
+def test_learning_rate_of_help_is_that_of_the_run(capsys: Any) -> None:
+    from executor.options import LEARNING_RATE
+
+    with pytest.raises(SystemExit):
+        main(["run", "--help"])
+    text = " ".join(capsys.readouterr().out.split())
+    assert f"default: {LEARNING_RATE['lora']:g}; method full: {LEARNING_RATE['full']:g}" in text
