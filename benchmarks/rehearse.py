@@ -60,7 +60,7 @@ def main() -> int:
     parser.add_argument("--timeout", type=float, default=600, help="seconds after which a plan is given up")
     at = sys.argv.index("--") if "--" in sys.argv else len(sys.argv)
     args, options = parser.parse_args(sys.argv[1:at]), sys.argv[at + 1 :]
-    plans = sorted(args.folder.glob(f"*{args.only}*.plan.json"))
+    plans = sorted(plan for plan in args.folder.glob("*.plan.json") if args.only in plan.name)
     results = args.results or args.folder / "results.jsonl"
     if not plans:
         print(f"no plans in {args.folder}", file=sys.stderr)

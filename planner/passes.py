@@ -24,6 +24,7 @@ from planner.work import (
     linear_bytes,
     quantized_weights,
     read_bytes,
+    repeated_cache_bytes,
 )
 
 # torch.cat of a dynamic cache reads and writes all of it, then attention reads it.
@@ -94,6 +95,11 @@ def decode_seconds(job: Job, rates: Rates, level: Level) -> Seconds | None:
     streaming = rates.bandwidth * (1.0 if job.on_cpu else efficiency(f"decode_bandwidth{suffix}", level))
     read = read_bytes(work, strategy, batch) / streaming
     moved = _CACHE_PASSES[strategy.cache] * kept / rates.bandwidth
+    if strategy.cache == "static":
+        # all of it is attended to behind a mask, the part that is still empty too
+        length = job.workload.prompt_tokens + job.workload.new_tokens
+        repeated = repeated_cache_bytes(work, length, element_bytes(strategy.dtype))
+        moved += batch * repeated / rates.bandwidth
     fetched = _fetch(job, rates, 2 * kept if strategy.cache == "offloaded" else 0.0)
     if fetched is None:
         return None

@@ -219,6 +219,17 @@ def cache_bytes(work: Work, tokens: float, bytes_per_element: float) -> float:
     return kept + sum(m.count * m.state_bytes for m in work.mixing)
 
 
+def repeated_cache_bytes(work: Work, tokens: float, bytes_per_element: float) -> float:
+    """Bytes moved to write out grouped keys and values once for each query head and to read them again, as
+    transformers does before attention with a mask (`repeat_kv` in integrations/sdpa_attention.py)."""
+    repeated = (
+        m.count * m.pair_flops / 2 * m.context(tokens)
+        for m in work.mixing
+        if m.pair_flops / 2 > m.cache_elements
+    )
+    return 2 * sum(repeated) * bytes_per_element
+
+
 def attention_flops(work: Work, tokens: float) -> float:
     """Operations of attention for one query with `tokens` tokens in sight."""
     return sum(m.count * m.pair_flops * m.context(tokens) for m in work.mixing)

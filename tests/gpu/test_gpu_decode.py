@@ -96,7 +96,9 @@ def test_replayed_tokens_are_those_of_the_dynamic_cache(kind: str) -> None:
         assert replayed(model, graph, inputs) == expected and len(set(expected[0][width:])) > 8
     print(kind, graph.note)
     if kind != "qwen3_moe":  # experts may decide on the host
-        assert graph.replays == 3 * NEW - 3 - 2 and graph._recording.pool_bytes < 64 * 2**20, graph.note
+        # three prefills, one or two steps that are listened to, and the recording itself are not replays
+        assert 3 * NEW - 3 - 3 <= graph.replays <= 3 * NEW - 3 - 2, graph.note
+        assert graph._recording.pool_bytes < 64 * 2**20, graph.note
 
 
 @pytest.mark.parametrize(("quant", "rows"), [("none", 1), ("none", 4), ("nf4", 1), ("nf4", 4)])

@@ -104,6 +104,7 @@ def test_decode_by_hand():
     seconds = decode_seconds(job, rates, "typical")
     read = 2 * (parameter_count(QWEN) - 3584 * 152064) / (1e12 * efficiency("decode_bandwidth", "typical"))
     kept = 28 * 2 * 4 * 128 * 125 * 2 / 1e12
+    kept += 2 * 28 * 2 * 28 * 128 * 150 * 2 / 1e12  # once for each query head, written and read
     assert math.isclose(seconds.memory, read + kept, rel_tol=1e-9)
     active = 28 * (3584 * 8192 + 3 * 3584 * 18944) + 3584 * 152064
     assert math.isclose(seconds.compute, (2 * active + 28 * 4 * 28 * 128 * 125) / 1e14, rel_tol=1e-9)
@@ -140,8 +141,15 @@ def test_training_operations_by_hand():
 @pytest.mark.parametrize(
     ("config", "workload", "strategy", "placement", "measured"),
     [
-        (QWEN_7B, Workload(prompt_tokens=512, new_tokens=128), Strategy(), HERE, 72),
-        (QWEN_7B, Workload(prompt_tokens=512, new_tokens=128), Strategy(cache="static"), HERE, 149),
+        (QWEN_7B, Workload(prompt_tokens=512, new_tokens=128), Strategy(), HERE, 74),
+        (QWEN_7B, Workload(prompt_tokens=512, new_tokens=128), Strategy(cache="static"), HERE, 127),
+        (
+            QWEN_7B,
+            Workload(prompt_tokens=512, new_tokens=128),
+            Strategy(cache="static", quant="nf4"),
+            HERE,
+            135,
+        ),
         (
             QWEN_14B,
             Workload(prompt_tokens=512, new_tokens=128),

@@ -64,7 +64,8 @@ def test_exact_bytes_never_fall_below_the_share_per_parameter(name: str, rows: i
 @given(SIDES, SIDES)
 def test_more_bits_never_need_less(rows: int, columns: int):
     sizes = [weight_bytes(PRECISIONS[name], rows, columns) for name in ("nf4", "nf4-single", "bf16", "fp32")]
-    assert rows * columns < 64 or sizes == sorted(sizes)
+    # a single block of 64 has nothing to share a nested scale with
+    assert rows * columns <= 64 or sizes == sorted(sizes)
 
 
 def test_what_trains():
