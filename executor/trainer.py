@@ -17,6 +17,7 @@ from executor.batches import count_tokens
 from executor.card import managed_bytes
 from executor.checkpoints import seal
 from executor.continuity import numerics
+from executor.disk_errors import writing_failed
 from executor.examples import IGNORED
 from executor.files import publish_folder, write_atomically
 from executor.measure import MomentMeter, tensor_bytes
@@ -111,6 +112,19 @@ class RunTrainer(Trainer):
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         self.meter.enter("checkpoint_save")
         staging = self.output / ".partial" / f"step-{self.state.global_step}"
+        try:
+            self._write_checkpoint(staging)
+        except Exception as error:
+            # a third has no room beside the two that are kept: the older one goes first
+            shutil.rmtree(staging, ignore_errors=True)
+            full = writing_failed(error, self.output, goes_on=True) is not None
+            if not full or not self._forget_old_checkpoints(keep=1):
+                raise
+            self._write_checkpoint(staging)
+        publish_folder(staging, self.output / f"checkpoint-{self.state.global_step}")
+        self._forget_old_checkpoints(KEPT_CHECKPOINTS)
+
+    def _write_checkpoint(self, staging: Path) -> None:
         shutil.rmtree(staging, ignore_errors=True)
         staging.mkdir(parents=True)
         self.store_flos()
@@ -121,8 +135,6 @@ class RunTrainer(Trainer):
         self._save_trainer_state(staging)
         write_atomically(staging / PROGRESS_FILE, json.dumps(self._progress()))
         seal(staging)
-        publish_folder(staging, self.output / f"checkpoint-{self.state.global_step}")
-        self._forget_old_checkpoints()
 
     def _progress(self) -> dict[str, Any]:
         record = self.record
@@ -135,12 +147,13 @@ class RunTrainer(Trainer):
                 self.state.stateful_callbacks[type(part).__name__] = part.state()
         self.state.save_to_json(str(folder / "trainer_state.json"))
 
-    def _forget_old_checkpoints(self) -> None:
+    def _forget_old_checkpoints(self, keep: int) -> bool:
         found = sorted(self.output.glob("checkpoint-*"), key=lambda p: int(p.name.split("-")[1]))
-        for old in found[:-KEPT_CHECKPOINTS]:
+        for old in found[:-keep]:
             retired = self.output / ".partial" / f"{old.name}.old"
             old.rename(retired)
             shutil.rmtree(retired, ignore_errors=True)
+        return len(found) > keep
 
 
 class RunCallback(TrainerCallback):
