@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -227,4 +227,12 @@ def _lines(rows: Sequence[dict[str, Any]]) -> str:
 
 
 def _earlier_rows(partial: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in partial.read_text().splitlines()] if partial.exists() else []
+    """Answers of a run that was broken off, up to the first line that a failing disk has spoilt."""
+    rows: list[dict[str, Any]] = []
+    with suppress(OSError, ValueError):
+        for line in partial.read_text().splitlines():
+            row = json.loads(line)
+            if not isinstance(row, dict) or row.get("index") != len(rows):
+                break
+            rows.append(row)
+    return rows

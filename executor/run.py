@@ -12,7 +12,7 @@ import msgspec
 from executor import ui
 from executor.disk_errors import writing_failed
 from executor.engines import find_engine
-from executor.errors import CannotHonour, FitwrightError, Interrupted
+from executor.errors import CannotHonour, DirectoryInUse, FitwrightError, Interrupted
 from executor.inputs import Inputs, read_inputs
 from executor.options import RunOptions
 from executor.output import OutputDirectory
@@ -26,6 +26,9 @@ from planner.types import Candidate, Plan, RunReport
 
 if TYPE_CHECKING:
     from executor.attempt import Outcome
+
+
+DEFECT = "this is a defect of Fitwright or of a library it uses"
 
 
 def run(options: RunOptions) -> int:
@@ -53,19 +56,31 @@ def _run(options: RunOptions, stop: StopRequest) -> int:
     status = output.open(plan.digest, _settings(options, inputs), options.restart)
     try:
         if status == "finished":
-            return _show_finished(output, plan, options)
-        return _carry_out(plan, candidates, options, inputs, output, stop)
+            report = _finished(output)
+        else:
+            report = _carry_out(plan, candidates, options, inputs, output, stop)
     except BaseException as error:
         output.sweep()
         output.forget_if_empty()
-        failure = None
-        if not isinstance(error, FitwrightError):
-            failure = writing_failed(error, output.path, output.has_progress())
-        if failure is not None:
-            raise failure from error
-        raise
+        shown = _as_shown(error, output, options)
+        if shown is error:
+            raise
+        raise shown from error
     finally:
         output.close()
+    _show(report, candidates_to_try(plan, report.candidate)[0], output, options)
+    return 0
+
+
+def _as_shown(error: BaseException, output: OutputDirectory, options: RunOptions) -> BaseException:
+    """The error as one that can be told in a line."""
+    if isinstance(error, FitwrightError) or not isinstance(error, Exception):
+        return error
+    failure = writing_failed(error, output.path, output.has_progress())
+    if failure is not None or options.debug:
+        return failure or error
+    first = str(error).strip().split("\n")[0][:200]
+    return FitwrightError(f"{DEFECT} ({type(error).__name__}: {first})", "--debug shows where")
 
 
 def _carry_out(
@@ -75,7 +90,7 @@ def _carry_out(
     inputs: Inputs,
     output: OutputDirectory,
     stop: StopRequest,
-) -> int:
+) -> RunReport:
     from executor.ladder import Job, first_that_runs
 
     candidates, left = _from_where_it_was(candidates, output)
@@ -112,7 +127,7 @@ def _report(
     now: Now,
     options: RunOptions,
     output: OutputDirectory,
-) -> int:
+) -> RunReport:
     from executor.ledger import remember
     from executor.report import make_report, write_report
 
@@ -123,8 +138,7 @@ def _report(
         raise Interrupted(f"interrupted after step {report.steps}", "the same command goes on from there")
     output.finish()
     remember(plan, outcome.candidate, report, now, options)
-    _show(report, outcome.candidate, output, options)
-    return 0
+    return report
 
 
 def _show_only_card(candidates: tuple[Candidate, ...]) -> None:
@@ -157,13 +171,18 @@ def _output_path(plan: Plan, options: RunOptions, inputs: Inputs) -> Path:
     return Path("runs") / f"{model}-{job}-{hashlib.sha256(key).hexdigest()[:8]}"
 
 
-def _show_finished(output: OutputDirectory, plan: Plan, options: RunOptions) -> int:
+def _finished(output: OutputDirectory) -> RunReport:
     from executor.report import read_report
 
-    report = read_report(output.report)
+    try:
+        report = read_report(output.report)
+    except (OSError, msgspec.MsgspecError):
+        raise DirectoryInUse(
+            f"cannot read the report of the finished run, {output.report}",
+            "--restart begins again, or give another --output",
+        ) from None
     ui.say(f"{output.path} holds this run, finished; --restart begins again")
-    _show(report, candidates_to_try(plan, report.candidate)[0], output, options)
-    return 0
+    return report
 
 
 def _show(report: RunReport, candidate: Candidate, output: OutputDirectory, options: RunOptions) -> None:

@@ -357,6 +357,38 @@ def test_a_damaged_last_checkpoint_is_named_and_the_one_before_taken(
     assert adapter(output) == adapter(whole / "o")
 
 
+def test_a_spoilt_report_or_answers_of_a_broken_off_run(tmp_path: Path, tiny: Path, capsys: Any) -> None:
+    plan = make_plan(tmp_path / "plan.json", tiny, INFER, strategy())
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text("".join(json.dumps({"prompt": f"p{i}"}) + "\n" for i in range(3)))
+    output = tmp_path / "o"
+    run = [plan, "--prompts", prompts, "--greedy", "--output", output]
+    assert main(["run", *map(str, run)]) == 0
+    whole = (output / "outputs.jsonl").read_text()
+    (output / "report.json").write_text("{")
+    assert "cannot read the report" in fails(capsys, *run)
+    (output / "report.json").unlink()
+    lines = whole.splitlines(keepends=True)
+    (output / "outputs.partial.jsonl").write_text(lines[0] + lines[1][:20])
+    (output / "outputs.jsonl").unlink()
+    assert main(["run", *map(str, run)]) == 0
+    assert (output / "outputs.jsonl").read_text() == whole
+
+
+def test_an_error_nobody_foresaw_is_a_line_too(
+    tmp_path: Path, tiny: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def strange(*_: Any) -> Any:
+        raise RuntimeError("first line\nsecond line")
+
+    monkeypatch.setattr("executor.attempt.Attempt.run", strange)
+    plan = make_plan(tmp_path / "plan.json", tiny, INFER, strategy())
+    said = fails(capsys, plan, "--prompt", "x", "--output", tmp_path / "o")
+    assert "(RuntimeError: first line)" in said and "--debug shows where" in said
+    with pytest.raises(RuntimeError, match="second line"):
+        main(["run", str(plan), "--prompt", "x", "--output", str(tmp_path / "o"), "--debug"])
+
+
 def test_a_link_in_the_output_is_not_followed(tmp_path: Path, tiny: Path, whole: Path, capsys: Any) -> None:
     outside = tmp_path / "outside"
     outside.mkdir()
