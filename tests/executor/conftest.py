@@ -35,8 +35,12 @@ if importlib.util.find_spec("torch") is None:
         f"test_executor_{part}.py"
         for part in (
             "examples",
+            "faults",
+            "faults_process",
             "infer",
             "infer_graph",
+            "ladder",
+            "live",
             "losses",
             "merge",
             "parts",
