@@ -30,7 +30,7 @@ def refuse_strange_names(model: PlanModel) -> None:
 
 
 def refuse_way_out(folder: Path) -> None:
-    """Errors: `BadWeights` naming the file of the model in `folder` that leads outside it."""
+    """Errors: `BadWeights` naming what leads out of a model's folder, or is a pipe that would be waited for."""
     home = folder.resolve()
     # the Hub's cache keeps one folder of contents for all revisions of a repository, and links into it
     allowed = [home, home.parents[1] / "blobs"] if home.parent.name == "snapshots" else [home]
@@ -40,6 +40,8 @@ def refuse_way_out(folder: Path) -> None:
                 f"{path} is a link to a file outside the model's folder",
                 "put the file itself there, or make the plan with the folder where the files are",
             )
+        if not path.is_file() and not path.is_dir() and not path.is_symlink():
+            raise BadWeights(f"{path} is neither file nor folder", "take it out of the model's folder")
     for name in _names_in(folder / "tokenizer_config.json", _TOKENIZER_FILES):
         # published tokenizers often tell where they once lay; what is not there cannot be read
         there = folder / name

@@ -51,8 +51,8 @@ def find_weights(model: PlanModel, offline: bool, remote_code: bool = False) -> 
         raise BadWeights(
             f"the plan names no weights for {model.id}", "`executor rehearse` runs it with random weights"
         )
-    config = _refuse_other_model(folder, model)
     refuse_way_out(folder)
+    config = _refuse_other_model(folder, model)
     size = check_weights(folder)
     if not config.get("quantization_config"):
         refuse_packed_numbers(folder, read_headers(folder))

@@ -54,14 +54,14 @@ def weight_files(folder: Path) -> list[Path]:
     """
     expected = _index(folder)
     if not expected:
-        if not (folder / SINGLE).exists():
+        if not (folder / SINGLE).is_file():
             raise _no_weights(folder)
         return [folder / SINGLE]
     files = []
     for name in sorted(set(expected.values())):
         if Path(name).name != name or "\\" in name or "\0" in name:
             raise BadWeights(f"{folder / INDEX} names a file outside its folder: {name[:100]!r}")
-        if not (folder / name).exists():
+        if not (folder / name).is_file():
             raise BadWeights(
                 f"{folder / name} is missing",
                 "download the model again; every shard of the index must be there",

@@ -129,6 +129,7 @@ BAD_MODELS: dict[str, tuple[Callable[[Path], Any], str]] = {
     "weights by config": (edit("config.json", transformers_weights="../x.safetensors"), "names its weights"),
     "vocabulary": (edit("tokenizer_config.json", vocab_file="/etc/passwd"), "'/etc/passwd'"),
     "code": (edit("config.json", auto_map={"AutoModel": "../../x.Y"}), "names code outside its folder"),
+    "pipe": (lambda f: os.mkfifo(f / "generation.json"), "generation.json is neither file nor folder"),
     "adapter": (
         lambda f: (f / "adapter_config.json").write_text('{"base_model_name_or_path": "/etc"}'),
         "holds an adapter",
