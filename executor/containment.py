@@ -30,7 +30,7 @@ def refuse_strange_names(model: PlanModel) -> None:
 
 
 def refuse_way_out(folder: Path) -> None:
-    """Errors: `BadWeights` naming what leads out of a model's folder, or is a pipe that would be waited for."""
+    """Errors: `BadWeights` naming what leads out of a model's folder, or is a pipe that nobody may fill."""
     home = folder.resolve()
     # the Hub's cache keeps one folder of contents for all revisions of a repository, and links into it
     allowed = [home, home.parents[1] / "blobs"] if home.parent.name == "snapshots" else [home]

@@ -171,7 +171,7 @@ def test_shapes_other_than_the_config_asks_for_are_named_by_tensor_and_file(
 @pytest.mark.parametrize(
     ("facts", "says"),
     [
-        ({"path": "../" * 40 + "etc"}, "cannot read"),
+        ({"path": "../" * 40 + "etc"}, "etc/"),
         ({"path": "x" * 5000}, "is not there"),
         ({"path": "a\0b"}, "is not there"),
         ({"path": None, "repo_id": "../../etc/x"}, "names the repository '../../etc/x'"),
