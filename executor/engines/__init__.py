@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 BUILT: dict[Engine, str] = {
     "resident": "executor.engines.resident",
     "accelerate": "executor.engines.accelerate",
+    "stream": "executor.engines.stream",
 }
 
 

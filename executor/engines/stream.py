@@ -1,0 +1,125 @@
+"""Engine `stream`: layers the card has no room for wait in page-locked RAM and pass through slots on it.
+
+Weights are those of engine `resident`, loaded and quantized by the same code, and layers compute with the
+same kernels on the same bytes: results are equal bit by bit. On the CPU everything runs as on a card, with
+copies that end at once.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from executor.engines import Loaded, LoadRequest
+from executor.errors import CannotHonour
+from executor.load import layer_count, load_model, load_tokenizer
+
+SLOTS = 2
+"""One to read and one to fill: a third holds what could as well be a resident layer."""
+
+
+def load(request: LoadRequest) -> Loaded:
+    """Load the model with all but the wanted number of layers in host memory.
+
+    Errors: `CannotHonour` for jobs that change the streamed weights, and where RAM is too small; `BadWeights`
+    as the loader finds them.
+    """
+    from executor.streaming.arena import Arena
+    from executor.streaming.loading import Packer, handing_over
+
+    _refuse(request)
+    arena = Arena(request.device)
+    try:
+        packer = Packer(_resident_layers(request), arena)
+        with handing_over(packer):
+            model = load_model(
+                request.source,
+                request.candidate.strategy,
+                {"": str(request.device)},
+                request.device,
+                request.seed,
+                request.remote_code,
+            )
+        return _start(request, model, packer, arena)
+    except BaseException:
+        arena.close()
+        raise
+
+
+def _start(request: LoadRequest, model: Any, packer: Any, arena: Any) -> Loaded:
+    from executor.streaming.streamer import Streamer
+
+    layers = packer.layers()
+    notes = _notes(request, model, arena)
+    tokenizer = load_tokenizer(request.source, request.remote_code)
+    if not layers:
+        return Loaded(model=model, tokenizer=tokenizer, layers_resident=layer_count(model), notes=notes)
+    streamer = Streamer(layers, min(SLOTS, len(layers)), request.device)
+    if request.workload.task == "train":
+        from executor.streaming.backward import SavedWeights, adopt
+
+        adopt(streamer)
+        SavedWeights(streamer, packer.stack.owner)
+    elif request.candidate.strategy.quant != "none":
+        from executor.streaming.backward import adopt
+
+        adopt(streamer)
+
+    def close() -> None:
+        streamer.close()
+        arena.close()
+
+    return Loaded(
+        model=model,
+        tokenizer=tokenizer,
+        layers_resident=len(packer.stack.layers) - len(layers),
+        layers_streamed=len(layers),
+        slots=streamer.slots,
+        pinned_bytes=arena.pinned_bytes,
+        notes=notes,
+        traffic=streamer.traffic,
+        close=close,
+    )
+
+
+def _refuse(request: LoadRequest) -> None:
+    strategy, workload = request.candidate.strategy, request.workload
+    if workload.task == "train" and workload.method == "full":
+        raise CannotHonour(
+            "engine stream brings weights to the card and never back; full fine-tuning changes them",
+            "plan with `--method lora` or `--method qlora`",
+        )
+    if workload.task == "train" and strategy.upcast_frozen:
+        raise CannotHonour("engine stream keeps frozen weights as they are", "plan without `--upcast-frozen`")
+    if workload.task == "train" and workload.lora_variant == "dora":
+        raise CannotHonour(
+            "DoRA reads all weights before the first pass; engine stream has them one layer at a time",
+            "plan with `--lora-variant lora` or `--lora-variant rslora`",
+        )
+    cards = {place for place in request.candidate.device_map.values() if isinstance(place, int)}
+    if len(cards) > 1:
+        raise CannotHonour("engine stream uses one card", "plan with one `--gpu`, or --engine resident")
+
+
+def _resident_layers(request: LoadRequest) -> int:
+    """As the command line says, else as the plan places the layers, else none."""
+    if request.resident_layers is not None:
+        return request.resident_layers
+    if request.candidate.strategy.placement not in ("mixed_offload", "disk_offload"):
+        return 0
+    return sum(
+        isinstance(place, int) and name.rsplit(".", 1)[-1].isdigit()
+        for name, place in request.candidate.device_map.items()
+    )
+
+
+def _notes(request: LoadRequest, model: Any, arena: Any) -> list[str]:
+    wanted = request.candidate.strategy.attention
+    notes = []
+    if model.config._attn_implementation != wanted:
+        notes.append(f"this model has no {wanted} attention in transformers; eager ran instead")
+    if arena.refused is not None:
+        notes.append(
+            f"warning: the system locks no more memory ({arena.refused}); copies from the rest are slower: "
+            "raise `ulimit -l` or the container's limit"
+        )
+    return notes

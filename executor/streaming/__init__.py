@@ -1,0 +1,10 @@
+"""Layer streaming: decoder layers wait in host memory and pass through a few slots on the device.
+
+Every streamed layer is one contiguous block of bytes, its *slab* (`slab`), in host memory (`arena`). The
+device has two or three *slots* of a slab's size. `schedule` decides, without a device, which slab goes to
+which slot and when; `link` makes the copies; `streamer` lets each layer find its bytes before it reads them.
+Modules see nothing of it: the data pointers of their parameters are moved from slot to slot (`residency`), so
+transformers' modelling code, peft and bitsandbytes run as they are. `backward` keeps gradients exact: nothing
+that autograd saves refers to a slot's memory, which holds another layer by then. `loading` brings the weights
+in one layer at a time.
+"""

@@ -1,0 +1,199 @@
+"""Exact gradients of streamed layers: what backward needs is named by a handle and fetched again.
+
+A slot holds another layer by the time backward comes. Three things refer to weights until then:
+- what autograd saves (frozen linears, norms, fused experts): hooks on saved tensors put a handle in place of
+  a slot's memory (torch.autograd.graph.saved_tensors_hooks);
+- bitsandbytes' 4-bit product, which keeps the packed weight on `ctx` past these hooks
+  (bitsandbytes issue 2034): the product here keeps its module instead;
+- bitsandbytes' 8-bit product, which keeps the module's state: the same.
+Each lets the stock code compute, after the layer has been acquired, so gradients are those of a resident
+model bit by bit.
+
+Non-reentrant checkpointing has hooks of its own, which take the place of these within a layer. What it keeps
+of a layer that it computes again is used before another layer is computed again: autograd runs nodes in the
+reverse order of their making.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import bitsandbytes as bnb
+import torch
+from bitsandbytes.autograd._functions import MatMul4Bit, MatMul8bitFp, MatMul8bitLt
+from torch import nn
+from torch.autograd.graph import saved_tensors_hooks
+
+from executor.streaming.streamer import StreamedLayer, Streamer
+
+
+@dataclass(frozen=True)
+class Handle:
+    """A tensor in the slab of `layer`; `offset` in bytes, the rest as torch counts."""
+
+    layer: StreamedLayer
+    offset: int
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+
+
+class SavedWeights:
+    """While the module `owner` runs with gradients, nothing saved for backward is in a slot."""
+
+    def __init__(self, streamer: Streamer, owner: nn.Module) -> None:
+        self._streamer = streamer
+        self._open: list[saved_tensors_hooks] = []
+        self._hooks = [
+            owner.register_forward_pre_hook(self._enter),
+            owner.register_forward_hook(self._leave, always_call=True),
+        ]
+
+    def _enter(self, *_: Any) -> None:
+        if torch.is_grad_enabled():
+            hooks = saved_tensors_hooks(self._pack, self._unpack)
+            hooks.__enter__()
+            self._open.append(hooks)
+
+    def _leave(self, *_: Any) -> None:
+        if self._open:
+            self._open.pop().__exit__()
+
+    def _pack(self, tensor: torch.Tensor) -> torch.Tensor | Handle:
+        found = self._streamer.locate(tensor)
+        if found is None:
+            return tensor
+        return Handle(*found, tensor.dtype, tuple(tensor.shape), tensor.stride())
+
+    def _unpack(self, saved: torch.Tensor | Handle) -> torch.Tensor:
+        if isinstance(saved, torch.Tensor):
+            return saved
+        return self._streamer.part(saved.layer, saved.offset, saved.dtype, saved.shape, saved.stride)
+
+    def remove(self) -> None:
+        """Take the hooks away."""
+        for hook in self._hooks:
+            hook.remove()
+
+
+# --------------------------------------------------------------------------- bitsandbytes
+
+
+class _Product4bit(MatMul4Bit):
+    """bitsandbytes' product with the module in place of its packed weight."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Any, weight: Any, out: Any, bias: Any, linear: StreamedLinear4bit) -> Any:
+        output = MatMul4Bit.forward(ctx, x, weight, out, bias, linear.weight.quant_state)
+        ctx.linear = linear
+        if not ctx.is_empty:
+            ctx.tensors = (None, None)
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Any) -> Any:
+        if ctx.is_empty:
+            return MatMul4Bit.backward(ctx, gradient)
+        ctx.linear.acquire()
+        ctx.tensors = (None, ctx.linear.weight.data.view(-1, 1))
+        try:
+            return MatMul4Bit.backward(ctx, gradient)
+        finally:
+            ctx.tensors = (None, None)
+
+
+class _Acquiring8bit:
+    """Makes an 8-bit product of bitsandbytes acquire the layer before its backward.
+
+    Its context keeps the module's state, whose tensors move with the layer.
+    """
+
+    stock: type[torch.autograd.Function]
+
+    @classmethod
+    def forward(cls, ctx: Any, x: Any, weight: Any, out: Any, bias: Any, linear: StreamedLinear8bit) -> Any:
+        ctx.linear = linear
+        return cls.stock.forward(ctx, x, weight, out, bias, linear.state)
+
+    @classmethod
+    def backward(cls, ctx: Any, gradient: Any) -> Any:
+        ctx.linear.acquire()
+        return cls.stock.backward(ctx, gradient)
+
+
+class _Product8bit(_Acquiring8bit, MatMul8bitLt):
+    stock = MatMul8bitLt
+
+
+class _Product8bitOnCpu(_Acquiring8bit, MatMul8bitFp):
+    stock = MatMul8bitFp
+
+
+class _Streamed:
+    """A linear that knows its layer. Instances are made by `adopt`, from bitsandbytes' own."""
+
+    streamer: Streamer
+    layer: StreamedLayer
+
+    def acquire(self) -> None:
+        """Have the weights in a slot."""
+        self.streamer.acquire(self.layer)
+
+
+class StreamedLinear4bit(_Streamed, bnb.nn.Linear4bit):  # type: ignore[misc]
+    """bitsandbytes' 4-bit linear whose packed weight may move between forward and backward."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """As `Linear4bit.forward`."""
+        if not (torch.is_grad_enabled() and x.requires_grad):
+            return self._forward_packed_for_cpu(x) if self._packs_for_cpu(x) else super().forward(x)
+        given = x.dtype
+        if not self.compute_type_is_set:
+            self.set_compute_type(x)
+            self.compute_type_is_set = True
+        x = x if self.compute_dtype is None else x.to(self.compute_dtype)
+        bias = None if self.bias is None else self.bias.to(x.dtype)
+        return _Product4bit.apply(x, self.weight, None, bias, self).to(given)
+
+    def _packs_for_cpu(self, x: torch.Tensor) -> bool:
+        return x.device.type == "cpu" and bool(self.support_avx512bf16_for_cpu) and not self.training
+
+    def _forward_packed_for_cpu(self, x: torch.Tensor) -> torch.Tensor:
+        """On CPUs with AVX-512 BF16 the stock linear repacks its weight in place for a kernel that rounds
+        otherwise; a slot's bytes must stay, so it is repacked beside them."""
+        import copy
+
+        from bitsandbytes.functional import _convert_weight_packed_for_cpu
+
+        given = x.dtype
+        x = x if self.compute_dtype is None else x.to(self.compute_dtype)
+        bias = None if self.bias is None else self.bias.to(x.dtype)
+        packed, state = _convert_weight_packed_for_cpu(self.weight.data, copy.copy(self.weight.quant_state))
+        return bnb.matmul_4bit(x, packed, bias=bias, quant_state=state).to(given)
+
+
+class StreamedLinear8bit(_Streamed, bnb.nn.Linear8bitLt):  # type: ignore[misc]
+    """bitsandbytes' 8-bit linear whose weight may move between forward and backward."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """As `Linear8bitLt.forward`."""
+        if not (torch.is_grad_enabled() and x.requires_grad):
+            return super().forward(x)
+        self.state.is_training = self.training
+        bias = None if self.bias is None else self.bias.to(x.dtype)
+        product = _Product8bitOnCpu if self.training and x.device.type == "cpu" else _Product8bit
+        return product.apply(x, self.weight, None, bias, self)
+
+
+_KINDS = {bnb.nn.Linear4bit: StreamedLinear4bit, bnb.nn.Linear8bitLt: StreamedLinear8bit}
+
+
+def adopt(streamer: Streamer) -> None:
+    """Make the quantized linears of all streamed layers ones that know their layer."""
+    for layer in streamer.layers:
+        for module in layer.readers:
+            kind = _KINDS.get(type(module))
+            if kind is not None:
+                module.__class__ = kind
+                module.streamer, module.layer = streamer, layer  # type: ignore[assignment]
