@@ -22,7 +22,8 @@ class Caches:
     """Makes the cache of one call after the other, and keeps a static one, with its recorded decode step, for
     all calls of the same batch size.
 
-    `tokens`: the longest prompt and its new tokens. `on_replay`: see `DecodeGraph`.
+    `tokens`: the longest prompt and its new tokens. `on_replay`: see `DecodeGraph`. `streamed`: layers come
+    to the card in each pass, which a recorded pass would not make them do.
     """
 
     def __init__(
@@ -32,6 +33,7 @@ class Caches:
         device: torch.device,
         tokens: int,
         on_replay: Sequence[Callable[[], None]] = (),
+        streamed: bool = False,
     ) -> None:
         if strategy.cache == "offloaded" and device.type != "cuda":
             raise CannotHonour(
@@ -40,7 +42,7 @@ class Caches:
             )
         self._model, self._strategy, self._device = model, strategy, device
         self._tokens = -(-tokens // _MULTIPLE) * _MULTIPLE
-        self._on_replay = on_replay
+        self._on_replay, self._streamed = on_replay, streamed
         self._static: tuple[int, Any, DecodeGraph | None] | None = None
         self._why_not: str | None = None
 
@@ -88,6 +90,8 @@ class Caches:
         text = self._model.config.get_text_config(decoder=True)
         cache = StaticCache(config=text, max_cache_len=self._tokens)
         self._why_not = why_not(self._model, self._strategy.quant, self._device)
+        if self._streamed:
+            self._why_not = "its layers come to the card in each pass"
         if self._why_not is not None:
             return cache, None
         return cache, DecodeGraph(self._model, cache, self._tokens, self._recorder(), self._on_replay)

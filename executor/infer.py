@@ -96,7 +96,8 @@ class _Passes:
             self._settings["min_new_tokens"] = job.new_tokens
         told = (lambda: job.meter.enter("decode"), clock.count)  # the model's hooks see no replayed step
         tokens = longest_prompt + job.new_tokens
-        self._caches = Caches(job.loaded.model, job.strategy, job.device, tokens, told)
+        streamed = job.loaded.layers_streamed > 0
+        self._caches = Caches(job.loaded.model, job.strategy, job.device, tokens, told, streamed)
 
     def run(self, ids: Any, mask: Any, streamer: Any = None) -> Any:
         """One batch, B x T, measured; the ids of prompts and answers, B x (T + new)."""

@@ -9,7 +9,7 @@ import msgspec
 
 from executor.attempt import Outcome
 from executor.files import write_atomically
-from planner.types import Candidate, ModelRef, Plan, RunReport
+from planner.types import Candidate, ModelRef, Plan, RunReport, Speed
 
 
 def make_report(
@@ -77,17 +77,22 @@ def train_rate(outcome: Outcome) -> float | None:
 
 
 def pairs(candidate: Candidate, report: RunReport) -> dict[str, tuple[float | None, float | None]]:
-    """Predicted and measured of each figure that both sides can have; None where one does not know."""
+    """Predicted and measured of each figure that both sides can have; None where one does not know.
+
+    What was predicted for the candidate's own engine is no prediction for one named on the command line.
+    """
+    own = candidate.engine == candidate.strategy.engine
     gpus = candidate.estimate.gpus
-    gpu = gpus[0] if gpus and report.load_bytes is not None else None
-    speed = candidate.speed
+    gpu = gpus[0] if own and gpus and report.load_bytes is not None else None
+    speed = candidate.speed if own else Speed()
+    ram = candidate.estimate.host.ram_bytes if own else None
     return {
         "load_bytes": (gpu.load_bytes if gpu else None, report.load_bytes),
         "allocated_peak_bytes": (gpu.allocated_peak_bytes if gpu else None, report.allocated_peak_bytes),
         "context_bytes": (gpu.context_bytes if gpu else None, report.context_bytes),
         "process_bytes": (gpu.process_bytes if gpu else None, report.process_peak_bytes),
         "managed_bytes": (gpu.managed_bytes if gpu else None, report.managed_bytes),
-        "ram_bytes": (candidate.estimate.host.ram_bytes or None, report.host_peak_bytes),
+        "ram_bytes": (ram or None, report.host_peak_bytes),
         "decode_tokens_per_s": (_typical(speed.decode_tokens_per_s), report.decode_tokens_per_s),
         "prefill_tokens_per_s": (_typical(speed.prefill_tokens_per_s), report.prefill_tokens_per_s),
         "train_tokens_per_s": (_typical(speed.train_tokens_per_s), report.train_tokens_per_s),

@@ -46,6 +46,7 @@ def load(request: LoadRequest) -> Loaded:
 
 
 def _start(request: LoadRequest, model: Any, packer: Any, arena: Any) -> Loaded:
+    from executor.streaming.saved import SavedWeights
     from executor.streaming.streamer import Streamer
 
     layers = packer.layers()
@@ -54,17 +55,14 @@ def _start(request: LoadRequest, model: Any, packer: Any, arena: Any) -> Loaded:
     if not layers:
         return Loaded(model=model, tokenizer=tokenizer, layers_resident=layer_count(model), notes=notes)
     streamer = Streamer(layers, min(SLOTS, len(layers)), request.device)
-    if request.workload.task == "train":
-        from executor.streaming.backward import SavedWeights, adopt
+    if request.candidate.strategy.quant != "none":
+        from executor.streaming.linears import adopt
 
         adopt(streamer)
-        SavedWeights(streamer, packer.stack.owner)
-    elif request.candidate.strategy.quant != "none":
-        from executor.streaming.backward import adopt
-
-        adopt(streamer)
+    saved = SavedWeights(streamer, packer.stack.owner)
 
     def close() -> None:
+        saved.remove()
         streamer.close()
         arena.close()
 

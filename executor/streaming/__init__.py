@@ -4,7 +4,7 @@ Every streamed layer is one contiguous block of bytes, its *slab* (`slab`), in h
 device has two or three *slots* of a slab's size. `schedule` decides, without a device, which slab goes to
 which slot and when; `link` makes the copies; `streamer` lets each layer find its bytes before it reads them.
 Modules see nothing of it: the data pointers of their parameters are moved from slot to slot (`residency`), so
-transformers' modelling code, peft and bitsandbytes run as they are. `backward` keeps gradients exact: nothing
-that autograd saves refers to a slot's memory, which holds another layer by then. `loading` brings the weights
-in one layer at a time.
+transformers' modelling code, peft and bitsandbytes run as they are. `saved` and `linears` keep gradients
+exact: nothing that waits for backward refers to a slot's memory, which holds another layer by then. `loading`
+brings the weights in one layer at a time.
 """

@@ -1,83 +1,22 @@
-"""Exact gradients of streamed layers: what backward needs is named by a handle and fetched again.
+"""bitsandbytes' linears with exact gradients when their weights move between forward and backward.
 
-A slot holds another layer by the time backward comes. Three things refer to weights until then:
-- what autograd saves (frozen linears, norms, fused experts): hooks on saved tensors put a handle in place of
-  a slot's memory (torch.autograd.graph.saved_tensors_hooks);
-- bitsandbytes' 4-bit product, which keeps the packed weight on `ctx` past these hooks
-  (bitsandbytes issue 2034): the product here keeps its module instead;
-- bitsandbytes' 8-bit product, which keeps the module's state: the same.
-Each lets the stock code compute, after the layer has been acquired, so gradients are those of a resident
-model bit by bit.
-
-Non-reentrant checkpointing has hooks of its own, which take the place of these within a layer. What it keeps
-of a layer that it computes again is used before another layer is computed again: autograd runs nodes in the
-reverse order of their making.
+bitsandbytes' 4-bit product keeps the packed weight on `ctx`, past autograd's saved tensors (bitsandbytes
+issue 2034): after its slot was filled again, backward multiplies by another layer's bytes while the loss looks
+healthy. Its 8-bit product keeps the module's state. Here both keep the module itself, acquire its layer in
+backward, and let the stock code compute, so gradients are those of a resident model bit by bit.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import copy
 from typing import Any
 
 import bitsandbytes as bnb
 import torch
 from bitsandbytes.autograd._functions import MatMul4Bit, MatMul8bitFp, MatMul8bitLt
-from torch import nn
-from torch.autograd.graph import saved_tensors_hooks
+from bitsandbytes.functional import _convert_weight_packed_for_cpu
 
 from executor.streaming.streamer import StreamedLayer, Streamer
-
-
-@dataclass(frozen=True)
-class Handle:
-    """A tensor in the slab of `layer`; `offset` in bytes, the rest as torch counts."""
-
-    layer: StreamedLayer
-    offset: int
-    dtype: torch.dtype
-    shape: tuple[int, ...]
-    stride: tuple[int, ...]
-
-
-class SavedWeights:
-    """While the module `owner` runs with gradients, nothing saved for backward is in a slot."""
-
-    def __init__(self, streamer: Streamer, owner: nn.Module) -> None:
-        self._streamer = streamer
-        self._open: list[saved_tensors_hooks] = []
-        self._hooks = [
-            owner.register_forward_pre_hook(self._enter),
-            owner.register_forward_hook(self._leave, always_call=True),
-        ]
-
-    def _enter(self, *_: Any) -> None:
-        if torch.is_grad_enabled():
-            hooks = saved_tensors_hooks(self._pack, self._unpack)
-            hooks.__enter__()
-            self._open.append(hooks)
-
-    def _leave(self, *_: Any) -> None:
-        if self._open:
-            self._open.pop().__exit__()
-
-    def _pack(self, tensor: torch.Tensor) -> torch.Tensor | Handle:
-        found = self._streamer.locate(tensor)
-        if found is None:
-            return tensor
-        return Handle(*found, tensor.dtype, tuple(tensor.shape), tensor.stride())
-
-    def _unpack(self, saved: torch.Tensor | Handle) -> torch.Tensor:
-        if isinstance(saved, torch.Tensor):
-            return saved
-        return self._streamer.part(saved.layer, saved.offset, saved.dtype, saved.shape, saved.stride)
-
-    def remove(self) -> None:
-        """Take the hooks away."""
-        for hook in self._hooks:
-            hook.remove()
-
-
-# --------------------------------------------------------------------------- bitsandbytes
 
 
 class _Product4bit(MatMul4Bit):
@@ -162,10 +101,6 @@ class StreamedLinear4bit(_Streamed, bnb.nn.Linear4bit):  # type: ignore[misc]
     def _forward_packed_for_cpu(self, x: torch.Tensor) -> torch.Tensor:
         """On CPUs with AVX-512 BF16 the stock linear repacks its weight in place for a kernel that rounds
         otherwise; a slot's bytes must stay, so it is repacked beside them."""
-        import copy
-
-        from bitsandbytes.functional import _convert_weight_packed_for_cpu
-
         given = x.dtype
         x = x if self.compute_dtype is None else x.to(self.compute_dtype)
         bias = None if self.bias is None else self.bias.to(x.dtype)

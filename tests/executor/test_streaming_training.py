@@ -1,0 +1,145 @@
+"""Gradients of streamed layers are those of a resident model, bit by bit, in every way of checkpointing."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("torch")
+
+import torch
+from streaming_models import request, write_model
+
+from executor.adapters import add_adapters
+from executor.engines import resident, stream
+from executor.errors import CannotHonour
+from executor.source import ModelSource
+from executor.streaming import linears
+from executor.streaming.schedule import Copy, Schedule
+
+pytestmark = pytest.mark.executor
+MODES = ("none", "reentrant", "non-reentrant")
+CASES = [("llama", "none"), ("llama", "nf4"), ("gemma2", "nf4"), ("qwen2", "int8"), ("olmoe", "nf4")]
+
+
+def train(engine: Any, source: ModelSource, quant: str, mode: str, kept: int | None = None) -> list[Any]:
+    """Losses, gradients and adapters of two steps with two micro-batches of different lengths, and an
+    evaluation between the steps."""
+    asked = request(source, quant, kept, task="train")
+    loaded = engine.load(asked)
+    torch.manual_seed(0)
+    model = add_adapters(loaded.model, asked.workload, asked.candidate.strategy).train()
+    model.config.use_cache = False
+    _set_up(model, mode)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=1e-2)
+    draws = torch.Generator().manual_seed(4)
+    seen: list[torch.Tensor] = []
+    for _step in range(2):
+        for length in (10, 13):
+            ids = torch.randint(0, 300, (2, length), generator=draws)
+            with torch.autocast("cpu", dtype=torch.bfloat16):
+                loss = model(input_ids=ids, labels=ids).loss
+            loss.backward()
+            seen.append(loss.detach().clone())
+        seen += [p.grad.clone() for p in trained if p.grad is not None]
+        optimizer.step()
+        optimizer.zero_grad()
+        if quant == "none":  # bitsandbytes repacks a resident model for evaluation on some CPUs, for good
+            with torch.no_grad():
+                seen.append(model.eval()(input_ids=ids).logits)
+            model.train()
+    loaded.close()
+    return [*seen, *(p.detach().clone() for p in trained)]
+
+
+def _set_up(model: Any, mode: str) -> None:
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(0.0, 0.05)  # with zeros, A has no gradient in the first step
+    if mode != "none":
+        model.gradient_checkpointing_enable({"use_reentrant": mode == "reentrant"})
+    if mode == "reentrant":
+        model.enable_input_require_grads()
+
+
+def same(left: list[Any], right: list[Any]) -> bool:
+    return len(left) == len(right) and all(torch.equal(a, b) for a, b in zip(left, right, strict=True))
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize(("kind", "quant"), CASES)
+def test_equal_to_resident(tmp_path: Path, kind: str, quant: str, mode: str) -> None:
+    source = write_model(tmp_path, kind)
+    want = train(resident, source, quant, mode)
+    for kept in (0, 2):
+        assert same(train(stream, source, quant, mode, kept), want), f"{kept} resident layers"
+
+
+class Shuffled(Schedule):
+    """Looks ahead in no way, and puts layers into whatever slot comes next."""
+
+    turn = 0
+
+    def _fetch_ahead(self) -> list[Copy]:
+        return []
+
+    def _latest_needed(self) -> int | None:
+        reading = self._slot.get(self._reading) if self._reading is not None else None
+        free = [slot for slot in range(len(self._held)) if slot != reading]
+        self.turn += 1
+        return free[(self.turn // 3) % len(free)]
+
+
+@pytest.fixture
+def shuffled(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("executor.streaming.streamer.Schedule", Shuffled)
+    monkeypatch.setattr(stream, "SLOTS", 3)
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize(("kind", "quant"), [("llama", "none"), ("llama", "nf4"), ("qwen2", "int8")])
+@pytest.mark.usefixtures("shuffled")
+def test_right_under_any_schedule(tmp_path: Path, kind: str, quant: str, mode: str) -> None:
+    """Handles do not rely on a layer coming back to its slot, or being there by chance."""
+    source = write_model(tmp_path, kind)
+    assert same(train(stream, source, quant, mode, 0), train(resident, source, quant, mode))
+
+
+@pytest.mark.parametrize(("quant", "mode"), [("nf4", "none"), ("nf4", "non-reentrant"), ("int8", "none")])
+@pytest.mark.usefixtures("shuffled")
+def test_stock_products_on_reused_slots_are_wrong(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, quant: str, mode: str
+) -> None:
+    """bitsandbytes' own product keeps the slot's memory: the first loss is right, the gradients are not. So
+    the tests above see what they are for."""
+    monkeypatch.setattr(linears, "adopt", lambda _streamer: None)
+    source = write_model(tmp_path, "llama")
+    want, got = train(resident, source, quant, mode), train(stream, source, quant, mode, 0)
+    assert torch.equal(want[0], got[0]) and not same(want, got)
+
+
+def test_saved_weights_without_handles_are_wrong(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same for what autograd saves: slices of fused experts are views of a slot."""
+    monkeypatch.setattr("executor.streaming.saved.SavedWeights._enter", lambda *_: None)
+    monkeypatch.setattr("executor.streaming.streamer.Schedule", Shuffled)
+    source = write_model(tmp_path, "olmoe")
+    want, got = train(resident, source, "none", "none"), train(stream, source, "none", "none", 0)
+    assert torch.equal(want[0], got[0]) and not same(want, got)
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"), [({"method": "full"}, "changes them"), ({"lora_variant": "dora"}, "DoRA")]
+)
+def test_refused_jobs(tmp_path: Path, changes: dict[str, str], said: str) -> None:
+    import dataclasses
+
+    import msgspec
+
+    asked = request(write_model(tmp_path, "llama"), task="train")
+    job = msgspec.structs.replace(asked.workload, **changes)
+    with pytest.raises(CannotHonour, match=said):
+        stream.load(dataclasses.replace(asked, workload=job))
