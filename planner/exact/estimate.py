@@ -90,8 +90,8 @@ def exact_estimate(
     except Exception as error:  # modelling code and peft refuse in their own words
         text = str(error).strip().splitlines() or [type(error).__name__]
         raise BadConfig(
-            f"{model.config.get('model_type')} does not run this job without a card: {text[0][:200]}",
-            "--debug shows where; without --exact memory is estimated from the config alone",
+            f"{model.config.get('model_type')} does not run this job here: {text[0][:200]}",
+            "--debug shows where",
         ) from error
     answer = estimate(model, machine, work, how, _installed(), exact=Exact(arch, traced.memory))
     return msgspec.structs.replace(answer, reasons=(*answer.reasons, *_remarks(traced, how)))

@@ -207,13 +207,13 @@ def grow(cache: Any, tokens: int, card: Storages, layers: int) -> None:
             continue
         more = [x.new_empty((*x.shape[:2], tokens, x.shape[3])) for x in (keys, values)]
         layer.update(*more)
-        index = getattr(layer, "indexer_keys", None)
-        if isinstance(index, torch.Tensor):  # sparse attention keeps one more key a token
-            layer.update_indexer(index.new_empty((index.shape[0], tokens, index.shape[2])))
+        sparse = getattr(layer, "indexer_keys", None)
+        if isinstance(sparse, torch.Tensor):  # sparse attention keeps one more key a token
+            layer.update_indexer(sparse.new_empty((sparse.shape[0], tokens, sparse.shape[2])))
         for x in (layer.keys, layer.values, getattr(layer, "indexer_keys", None)):
             if isinstance(x, torch.Tensor):
                 card.reassign(x, "activations")
-        del keys, values, more, index
+        del keys, values, more, sparse
 
 
 def checkpoint_layers(model: Any, cuda: CudaCard) -> None:
