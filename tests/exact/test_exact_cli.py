@@ -8,7 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from planner.cli import main
+pytest.importorskip("torch", reason="needs the [executor] extra")
+
+from planner.cli import main  # noqa: E402
 
 pytestmark = pytest.mark.executor
 
