@@ -10,7 +10,7 @@ import pytest
 
 pytest.importorskip("torch", reason="needs the [executor] extra")
 
-from planner.cli import main  # noqa: E402
+from planner.cli import main
 
 pytestmark = pytest.mark.executor
 
