@@ -183,7 +183,8 @@ def main() -> int:
         for row in read_lines(path)
         if row["status"] == "ok" or not args.retry
     }
-    every = [cell for cell in read_cells(args.grid) if args.only in cell.name]
+    wanted = {"all": (False, True), "memory": (False,), "timed": (True,)}[args.kind]
+    every = [cell for cell in read_cells(args.grid) if args.only in cell.name and cell.timed in wanted]
     cells = [cell for cell in every if cell.id not in measured]
     runner = Runner(args, cells)
     for number in (signal.SIGINT, signal.SIGTERM):
@@ -206,6 +207,7 @@ def _parse() -> argparse.Namespace:
         "--also-done", type=Path, action="append", default=[RESULTS], help="results of earlier sessions"
     )
     parser.add_argument("--only", default="", help="only cells with this in their name")
+    parser.add_argument("--kind", choices=("all", "memory", "timed"), default="all", help="which cells")
     parser.add_argument("--retry", action="store_true", help="measure failed cells again")
     parser.add_argument("--budget-seconds", type=float, default=float("inf"))
     parser.add_argument("--side-by-side", type=int, default=7, help="cells at once at most")

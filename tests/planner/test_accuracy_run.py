@@ -225,3 +225,37 @@ def test_a_loaded_model_runs_again_as_the_first_time(tmp_path):
         attempt.again(tmp_path / f"again-{i}")
         assert [name for name, _ in model.named_parameters()] == names
     _adapted.clear()
+
+
+@pytest.mark.executor
+def test_caps_are_searched_by_running_out_of_memory(tmp_path, monkeypatch):
+    """The search on a model that is really loaded; the card's answer is made up."""
+    pytest.importorskip("torch")
+    from benchmarks.accuracy import bench as module
+    from executor.attempt import Outcome
+
+    work = Workload(task="infer", prompt_tokens=16, new_tokens=4)
+    item = identified(Cell(model="tiny-qwen2", workload=work, strategy=Strategy(dtype="fp32")))
+    bench = module.Bench(item, "cpu", tmp_path, lambda part: None)
+    attempt = bench._attempt(None)
+    outcome: Outcome = attempt.run()
+    outcome.allocated_peak_bytes, outcome.reserved_peak_bytes = GIB, int(1.3 * GIB)
+    caps, need, again = [], int(1.07 * GIB), attempt.again
+
+    def under_cap(folder):
+        again(folder)
+        if caps[-1] < need:
+            raise RuntimeError("CUDA out of memory. Tried to allocate 20.00 MiB")
+
+    monkeypatch.setattr(module, "set_cap", caps.append)
+    monkeypatch.setattr(attempt, "again", under_cap)
+    found = bench._search(attempt, outcome, share_bytes=2 * GIB)
+    assert found["failed_bytes"] < need <= found["worked_bytes"] <= 1.08 * GIB
+    assert found["attempts"] == len(caps) - 1 and caps[-1] == 2 * GIB
+
+    def broken(folder):
+        raise RuntimeError("an error of another kind")
+
+    monkeypatch.setattr(attempt, "again", broken)
+    with pytest.raises(RuntimeError, match="another kind"):
+        bench._search(attempt, outcome, share_bytes=None)
