@@ -1,9 +1,10 @@
 """Write the grid of cells: which jobs are measured, drawn once from a fixed seed.
 
-    python -m benchmarks.accuracy.grid [--output FILE]
+    python -m benchmarks.accuracy.grid [--output FILE] [--anew]
 
-The same program gives the same bytes. A draw that the planner's rules exclude, that would not fit the card,
-or that would take too long is drawn again.
+A draw that the planner's rules exclude, that would not fit the card, or that would take too long is drawn
+again. Cells that are in the file stay as they are, whatever has become of the estimator since: only models
+that it lacks are drawn, and of the listed cells those that it lacks are added. `--anew` draws everything.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import argparse
 import random
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from itertools import cycle
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ import msgspec
 from msgspec.structs import replace
 
 from benchmarks.accuracy import axes
-from benchmarks.accuracy.cells import GRID, Cell, identified, machine_of, model_of, predict
+from benchmarks.accuracy.cells import GRID, Cell, identified, machine_of, model_of, predict, read_cells
 from planner.errors import FitwrightError
 from planner.estimate import architecture_of, count
 from planner.files import write_atomically
@@ -184,10 +185,14 @@ def _attention(rng: random.Random, tokens: int) -> dict[str, Any]:
     return {"attention": "eager"} if rng.choice(axes.ATTENTION) == "eager" and tokens <= 2048 else {}
 
 
-def grid() -> Iterator[Cell]:
-    """Every cell of the grid."""
-    taken: set[str] = set()
+def grid(there: Sequence[Cell] = ()) -> Iterator[Cell]:
+    """Every cell of the grid, those that are there first."""
+    yield from there
+    taken = {item.id for item in there}
+    known = {item.model for item in there}
     for model, (trainings, generations) in axes.MODELS.items():
+        if model in known:
+            continue
         for make, many in ((training(model), trainings), (generating(model), generations)):
             for i in range(many):
                 rng = random.Random(f"{SEED}/{model}/{make.__qualname__}/{i}")
@@ -244,8 +249,10 @@ def main() -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--output", type=Path, default=GRID)
-    cells = list(grid())
+    parser.add_argument("--anew", action="store_true", help="forget the cells that are there")
     args = parser.parse_args()
+    there = read_cells(args.output) if args.output.exists() and not args.anew else []
+    cells = list(grid(there))
     write_atomically(args.output, b"".join(line(c) + b"\n" for c in cells))
     kinds = {model_of(c.model).config["model_type"] for c in cells}
     halves = Counter(c.half for c in cells)

@@ -23,6 +23,15 @@ def test_ids_and_halves_are_chosen_by_nobody():
     assert min(halves.values()) >= 0.4 * len(CELLS)
 
 
+def test_cells_that_are_there_stay_and_only_models_that_lack_are_drawn():
+    from benchmarks.accuracy.grid import grid
+
+    there = [cell for cell in CELLS if cell.model != "opt-1.3b"]
+    again = list(grid(there))
+    assert again[: len(there)] == there
+    assert {cell.model for cell in again[len(there) :]} == {"opt-1.3b"}
+
+
 def test_grid_is_as_wide_as_it_says():
     assert len(CELLS) >= 200
     assert len({model_of(cell.model).config["model_type"] for cell in CELLS}) >= 20
