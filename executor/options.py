@@ -7,8 +7,10 @@ from pathlib import Path
 from typing import Any
 
 LEARNING_RATE = {"full": 5e-5, "lora": 2e-4, "qlora": 2e-4}
-"""Peak rates where none is given: transformers' default, and the customary fourfold for adapters. With bf16
-weights a full fine-tune needs steps that size: weights of the usual 0.02 ignore those under 3e-5."""
+"""Peak rates where none is given: transformers' default, and the customary fourfold for adapters.
+
+The customary 2e-5 of a full fine-tune is for fp32 weights. Of bf16 ones of the usual size (0.02), rounding
+leaves 70 % where they are at a step of 2e-5 and 43 % at 5e-5."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -9,7 +9,7 @@ import msgspec
 
 from executor.attempt import Outcome
 from executor.files import write_atomically
-from planner.types import Candidate, ModelRef, Plan, RunReport, Speed
+from planner.types import Candidate, Evaluation, ModelRef, Plan, RunReport, Speed
 
 
 def make_report(
@@ -59,6 +59,7 @@ def make_report(
         steps=trained.steps if trained else None,
         resumed_from_step=trained.resumed_from_step if trained else 0,
         losses=tuple(trained.record.losses) if trained else (),
+        evaluations=tuple(Evaluation(*entry) for entry in trained.record.evaluations) if trained else (),
         components=components,
         environment={**outcome.environment, "load_seconds": round(outcome.load_seconds, 3)},
         notes=tuple(outcome.notes),

@@ -77,6 +77,14 @@ def build_parser() -> argparse.ArgumentParser:
     options.add_machine(estimate, several=False)
     options.add_strategy(estimate, searched=False)
 
+    explain = command(
+        "explain", "an estimate as arithmetic to follow: which moment is the peak and why, line by line"
+    )
+    options.add_model(explain)
+    options.add_job(explain)
+    options.add_machine(explain, several=False)
+    options.add_strategy(explain, searched=False)
+
     models = command("models", "the models of the catalogue; with --gpu, what that card can run or train")
     models.add_argument(
         "text", metavar="TEXT", nargs="?", default="", help="only models whose id or name has this"

@@ -284,6 +284,13 @@ class Plan(Struct, frozen=True, kw_only=True):
 # --------------------------------------------------------------------------- the run
 
 
+class Evaluation(Struct, frozen=True):
+    """Mean loss of the learned tokens of the held-out rows, after a step."""
+
+    step: int
+    loss: float
+
+
 class RunReport(Struct, frozen=True, kw_only=True):
     """What a run did and measured. Null where a figure does not apply (no card, no training)."""
 
@@ -321,6 +328,7 @@ class RunReport(Struct, frozen=True, kw_only=True):
     steps: int | None = None
     resumed_from_step: int = 0
     losses: tuple[float, ...] = ()
+    evaluations: tuple[Evaluation, ...] = ()
     components: dict[str, int] = {}
     """Measured bytes where a component can be told apart (weights, adapters, gradients, optimizer)."""
     error: dict[str, float] = {}

@@ -1,9 +1,9 @@
 """bitsandbytes' linears with exact gradients when their weights move between forward and backward.
 
 bitsandbytes' 4-bit product keeps the packed weight on `ctx`, past autograd's saved tensors (bitsandbytes
-issue 2034): after its slot was filled again, backward multiplies by another layer's bytes while the loss looks
-healthy. Its 8-bit product keeps the module's state. Here both keep the module itself, acquire its layer in
-backward, and let the stock code compute, so gradients are those of a resident model bit by bit.
+issue 2034): after its slot was filled again, backward multiplies by another layer's bytes while the loss
+looks healthy. Its 8-bit product keeps the module's state. Here both keep the module itself, acquire its
+layer in backward, and let the stock code compute, so gradients are those of a resident model bit by bit.
 """
 
 from __future__ import annotations

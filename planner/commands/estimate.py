@@ -6,6 +6,7 @@ from argparse import Namespace
 from typing import Any
 
 import msgspec
+from msgspec import Struct
 
 from planner import request
 from planner.energy import Cost, training_cost
@@ -14,11 +15,23 @@ from planner.ledger import with_measured
 from planner.render.output import print_json
 from planner.resolve import resolve
 from planner.strategies import resolve_strategy
-from planner.types import GOOD, Estimate
+from planner.types import GOOD, Estimate, Machine, Strategy, Workload
+from profiles.schema import Architecture, ModelProfile
 
 
-def run(args: Namespace) -> int:
-    """Print the estimate. Exit 0 if it fits or is tight, else 1."""
+class Asked(Struct, frozen=True):
+    """What the command line asks, and the answer."""
+
+    model: ModelProfile
+    arch: Architecture
+    target: Machine
+    job: Workload
+    how: Strategy
+    answer: Estimate
+
+
+def asked(args: Namespace) -> Asked:
+    """Resolve model, machine and strategy of the command line, and estimate."""
     job = request.workload(args)
     pinned = request.wishes(args)
     target = request.machine(args, args.gpu)
@@ -30,9 +43,18 @@ def run(args: Namespace) -> int:
         answer = exact_estimate(model.profile, arch, target, job, how)
     else:
         model = resolve(args.model, offline=args.offline)
-        how = resolve_strategy(architecture_of(model.profile), target, job, pinned)
+        arch = architecture_of(model.profile)
+        how = resolve_strategy(arch, target, job, pinned)
         answer = estimate(model.profile, target, job, how)
-    answer = with_measured(answer, request.remembered(args, model.profile.config, target), target, job, how)
+    return Asked(model.profile, arch, target, job, how, answer)
+
+
+def run(args: Namespace) -> int:
+    """Print the estimate. Exit 0 if it fits or is tight, else 1."""
+    found = asked(args)
+    target, job, how = found.target, found.job, found.how
+    entries = request.remembered(args, found.model.config, target)
+    answer = with_measured(found.answer, entries, target, job, how)
     if args.json:
         print_json(as_json(answer, training_cost(target, job, how, answer.speed)))
     else:

@@ -108,9 +108,10 @@ class CudaCard(TorchFunctionMode):
         value = func(*args)
         if isinstance(value, torch.device) and value.type == "meta":
             return CUDA
-        if func is _IS_CUDA:
+        asked = getattr(func, "__self__", None)
+        if asked is _IS_CUDA:
             return args[0].is_meta
-        if func is _IS_META:
+        if asked is _IS_META:
             return False
         return value
 
@@ -151,8 +152,8 @@ class CudaCard(TorchFunctionMode):
         return self._cast[id(x)]
 
 
-_IS_CUDA = vars(torch._C.TensorBase)["is_cuda"].__get__
-_IS_META = vars(torch._C.TensorBase)["is_meta"].__get__
+_IS_CUDA = vars(torch._C.TensorBase)["is_cuda"]
+_IS_META = vars(torch._C.TensorBase)["is_meta"]
 
 
 def _eligible(x: Any) -> bool:

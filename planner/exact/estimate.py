@@ -9,7 +9,7 @@ from typing import Any
 
 import msgspec
 
-from planner.errors import BadConfig, BadOption
+from planner.errors import BadConfig, BadOption, FitwrightError
 from planner.estimate import Exact, architecture_of, estimate, normal, normal_strategy
 from planner.memory.overheads import cublas_workspace
 from planner.rates import capability
@@ -82,9 +82,17 @@ def exact_estimate(
     how = normal_strategy(strategy, work)
     _refuse(machine, work, how)
     profile = machine.gpus[0].profile
-    traced: Traced = trace_job(
-        model.config, work, how, cublas_workspace(profile), capability(machine.gpus[0]) or HOPPER
-    )
+    card = capability(machine.gpus[0]) or HOPPER
+    try:
+        traced: Traced = trace_job(model.config, work, how, cublas_workspace(profile), card)
+    except FitwrightError:
+        raise
+    except Exception as error:  # modelling code and peft refuse in their own words
+        text = str(error).strip().splitlines() or [type(error).__name__]
+        raise BadConfig(
+            f"{model.config.get('model_type')} does not run this job here: {text[0][:200]}",
+            "--debug shows where",
+        ) from error
     answer = estimate(model, machine, work, how, _installed(), exact=Exact(arch, traced.memory))
     return msgspec.structs.replace(answer, reasons=(*answer.reasons, *_remarks(traced, how)))
 
@@ -119,6 +127,8 @@ def _remarks(traced: Any, how: Strategy) -> tuple[str, ...]:
         "not traced: the CUDA context, fragmentation, workspaces inside cuDNN and Triton kernels"
         + (", the paged share of optimizer state" if how.optimizer.startswith("paged_") else "")
     )
+    if traced.attention != how.attention and traced.attention == "eager":
+        lines.append("traced with eager attention: transformers has no other for this model")
     if how.attention == "flash_attention_2":
         lines.append(
             "flash_attention_2 is traced through torch's own flash kernel, which keeps the same tensors"

@@ -170,7 +170,7 @@ def generation(model: Any, work: Workload, how: Strategy, card: Storages, cuda: 
         cache = outputs.past_key_values if outputs.get("past_key_values") is not None else cache
         del outputs, logits
         card.begin("decode", None, "inputs")
-        grow(cache, work.new_tokens - 2, card)
+        grow(cache, work.new_tokens - 2, card, len(layers_of(model)))
         borders = Borders(card, layers_of(model), "decode", "decode")
         with borders.watched():
             card.begin("decode", None, "inputs")
@@ -181,20 +181,25 @@ def generation(model: Any, work: Workload, how: Strategy, card: Storages, cuda: 
 
 
 def _cache(model: Any, work: Workload, how: Strategy) -> Any:
-    """The cache `generate` makes for a model."""
+    """The cache `generate` makes for a model; None where the model makes its own."""
     from transformers import DynamicCache, StaticCache
 
+    if not getattr(model, "_supports_default_dynamic_cache", lambda: True)():
+        return None
     config = model.config.get_text_config()
     if how.cache == "static":
         return StaticCache(config=config, max_cache_len=work.prompt_tokens + work.new_tokens)
     return DynamicCache(config=config)
 
 
-def grow(cache: Any, tokens: int, card: Storages) -> None:
+def grow(cache: Any, tokens: int, card: Storages, layers: int) -> None:
     """Give a dynamic cache `tokens` more, as decoding them one by one would have left it."""
     if tokens <= 0:
         return
-    for layer in getattr(cache, "layers", ()):
+    cached = getattr(cache, "layers", ())
+    for index, layer in enumerate(cached):
+        # a segment of its own, so that layers that are not run grow with those that are
+        card.begin("decode", index if len(cached) == layers else None)
         keys, values = getattr(layer, "keys", None), getattr(layer, "values", None)
         if not isinstance(keys, torch.Tensor) or not isinstance(values, torch.Tensor) or keys.dim() != 4:
             continue
@@ -202,9 +207,13 @@ def grow(cache: Any, tokens: int, card: Storages) -> None:
             continue
         more = [x.new_empty((*x.shape[:2], tokens, x.shape[3])) for x in (keys, values)]
         layer.update(*more)
-        for x in (layer.keys, layer.values):
-            card.reassign(x, "activations")
-        del keys, values, more
+        sparse = getattr(layer, "indexer_keys", None)
+        if isinstance(sparse, torch.Tensor):  # sparse attention keeps one more key a token
+            layer.update_indexer(sparse.new_empty((sparse.shape[0], tokens, sparse.shape[2])))
+        for x in (layer.keys, layer.values, getattr(layer, "indexer_keys", None)):
+            if isinstance(x, torch.Tensor):
+                card.reassign(x, "activations")
+        del keys, values, more, sparse
 
 
 def checkpoint_layers(model: Any, cuda: CudaCard) -> None:

@@ -57,12 +57,14 @@ class Segment:
 class _Booking:
     """One storage on the books."""
 
-    __slots__ = ("bytes", "origin", "segment")
+    __slots__ = ("bytes", "node", "origin", "segment")
 
-    def __init__(self, n: int, origin: str, segment: int) -> None:
+    def __init__(self, n: int, origin: str, segment: int, node: int) -> None:
         self.bytes = n
         self.origin = origin
         self.segment = segment
+        self.node = node
+        """Number of the autograd node that made it; -1 outside backward."""
 
 
 class Storages(TorchDispatchMode):
@@ -150,32 +152,39 @@ class Storages(TorchDispatchMode):
         if storage in self._made:
             return
         n = storage.nbytes()
-        if self._backward and func is _ADD and self._in_place(args):
+        # recomputation runs inside backward too, but with gradients enabled
+        if self._backward and func is _ADD and not torch.is_grad_enabled() and self._in_place(args):
             self._take_over(storage, args[0].untyped_storage())
             return
         self._book(storage, rounded(n), self._origin)
 
     def _in_place(self, args: Any) -> bool:
-        """Is this the engine adding up gradients into a buffer that only it holds?"""
-        if torch._C._current_autograd_node() is not None or len(args) < 2:
+        """Is this the engine adding a gradient to a dense buffer that only it holds?
+
+        Its additions take what the node at work has just made to what an earlier one left; an addition inside
+        a node's own formula takes two tensors of that node.
+        """
+        held, new = args[0], args[1]
+        if not isinstance(held, torch.Tensor) or not isinstance(new, torch.Tensor):
             return False
-        held = args[0]
-        if not isinstance(held, torch.Tensor) or not isinstance(args[1], torch.Tensor):
+        storage = held.untyped_storage()
+        booking = self._made.get(storage)
+        if booking is None or booking.node == _node() or held.shape != new.shape or 0 in held.stride():
             return False
         # the tensor itself, and the wrapper Python made to look at it
-        return torch._C._storage_Use_Count(held.untyped_storage()._cdata) <= 2
+        return torch._C._storage_Use_Count(storage._cdata) <= 2
 
     def _take_over(self, storage: Any, old: Any) -> None:
         booking = self._made.get(old)
         if booking is None:
             return
-        mine = _Booking(booking.bytes, booking.origin, booking.segment)
+        mine = _Booking(booking.bytes, booking.origin, booking.segment, _node())
         booking.bytes = 0
         self._made[storage] = mine
         weakref.finalize(storage, self._drop, mine)
 
     def _book(self, storage: Any, n: int, origin: str) -> None:
-        booking = _Booking(n, origin, len(self.segments))
+        booking = _Booking(n, origin, len(self.segments), _node() if self._backward else -1)
         self._made[storage] = booking
         self._change(booking, n)
         if self.segments and n > self.segments[-1].block:
@@ -210,3 +219,8 @@ class Storages(TorchDispatchMode):
 
 
 _ADD = torch.ops.aten.add.Tensor
+
+
+def _node() -> int:
+    node = torch._C._current_autograd_node()
+    return -1 if node is None else int(node._sequence_nr())

@@ -32,7 +32,8 @@ class Traced:
     memory: CardMemory
     layers: Layers | None
     guessed: frozenset[str]
-    parameters: int
+    attention: str
+    """The implementation that ran: transformers falls back to eager where it must."""
     notes: tuple[str, ...] = ()
 
 
@@ -67,7 +68,7 @@ def trace_job(
     with build.quiet():
         config = build.load_config(facts)
         model = build.build_model(config, how)
-        parameters = sum(p.numel() for p in model.parameters())
+        attention = str(model.config.get_text_config()._attn_implementation)
         layers = survey(model, reduce)
         if layers is not None:
             cut(model, layers)
@@ -92,7 +93,7 @@ def trace_job(
             passes.generation(model.eval(), work, how, card, cuda)
     moments = replay(card.segments, layers)
     memory = _memory(moments, lasting, work, how, len(layers.kinds) if layers else 0)
-    return Traced(memory, layers, frozenset(cuda.guessed), parameters, tuple(notes))
+    return Traced(memory, layers, frozenset(cuda.guessed), attention, tuple(notes))
 
 
 # --------------------------------------------------------------------------- what lasts

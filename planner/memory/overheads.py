@@ -68,6 +68,17 @@ def context(card: GpuProfile, arch: Architecture, work: Workload, how: Strategy)
     return Context(int(base * scale["low_factor"]), typical, int(base * scale["high_factor"]), here)
 
 
+def sources() -> dict[str, str]:
+    """Which measurement each figure comes from: by table, and `context_elsewhere` for other cards."""
+    facts = _facts()
+    return {
+        "cublas_workspace": facts["cublas_workspace"]["source"],
+        "context": facts["context"]["measured"]["source"],
+        "context_elsewhere": facts["context"]["elsewhere"]["source"],
+        "process_ram": facts["process_ram"]["source"],
+    }
+
+
 def process_ram(on_card: bool) -> int:
     """Anonymous RAM of a process with torch and its friends imported."""
     return int(_facts()["process_ram"]["cuda_bytes" if on_card else "cpu_bytes"])

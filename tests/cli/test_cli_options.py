@@ -26,6 +26,7 @@ FROZEN = {
     "check": COMMON | HARDWARE | JOB | STRATEGY | {"--offline", "--prefer"},
     "plan": COMMON | HARDWARE | JOB | STRATEGY | {"--offline", "--prefer", "-o", "--output"},
     "estimate": COMMON | HARDWARE | JOB | STRATEGY | {"--offline", "--exact"},
+    "explain": COMMON | HARDWARE | JOB | STRATEGY | {"--offline", "--exact"},
     "models": COMMON | HARDWARE | JOB,
     "gpus": COMMON,
     "inspect": COMMON,

@@ -199,6 +199,7 @@ def test_held_out_loss_is_a_mean_over_tokens(tmp_path: Path, small: Path) -> Non
     report = run(plan, small, tmp_path / "o", *more)
     (note,) = [n for n in report["notes"] if n.startswith("evaluation loss")]
     assert "after step 8 over 5 held-out" in note
+    assert [entry["step"] for entry in report["evaluations"]] == [3, 6, 8]
     progress = json.loads((tmp_path / "o" / "checkpoint-8" / "progress.json").read_text())
     assert [step for step, _ in progress["evaluations"]] == [3, 6, 8]
 

@@ -1,0 +1,31 @@
+"""The estimator held to its targets on the half of the measured cells that nothing was fitted on."""
+
+from __future__ import annotations
+
+import pytest
+
+from benchmarks.accuracy.cells import RESULTS
+from benchmarks.accuracy.report import halves, outcomes
+from benchmarks.accuracy.score import score, targets
+
+if not RESULTS.exists():
+    pytest.skip("benchmarks/accuracy has no results.jsonl yet: nothing is measured", allow_module_level=True)
+
+FOUND = outcomes()
+JUDGED = halves(FOUND)["judge"]
+NAMES = [target.name for target in targets(score([]))]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_target_is_met(name):
+    target = next(target for target in targets(JUDGED) if target.name == name)
+    assert target.met, f"{target.name} is {target.value}, has to be {target.bound}"
+
+
+def test_enough_was_measured():
+    assert len(FOUND) >= 200
+    assert len({outcome.architecture for outcome in FOUND}) >= 20
+
+
+def test_architectures_without_a_model_in_the_catalogue_stay_in_the_bounds():
+    assert len(halves(FOUND)["all"]["strangers"]) >= 5
