@@ -24,6 +24,7 @@ from planner.memory.offload import assembled_bytes, offloaded_memory, passing_by
 from planner.memory.optimizer import OPTIMIZERS, StateBytes
 from planner.memory.overheads import context, cublas_workspace, slack
 from planner.memory.recurrent import is_followed
+from planner.memory.stream import pinned_bytes, streamed_memory
 from planner.memory.train import optimizer_state, training_memory
 from planner.memory.weights import WIDTH, WeightBytes, weight_bytes
 from planner.placement import (
@@ -34,6 +35,7 @@ from planner.placement import (
     resident_layers,
     several_cards,
     split_at,
+    stream_map,
 )
 from planner.speed import predict_speed
 from planner.strategies import INFER_SETTINGS, TRAIN_SETTINGS
@@ -86,6 +88,8 @@ def estimate(
     if how.placement == "cpu" or not machine.gpus:
         gpus: tuple[GpuEstimate, ...] = ()
         placement = one_device("cpu", arch)
+    elif how.engine == "stream":
+        gpus, placement = _streamed(arch, machine, work, how)
     elif how.placement in ("mixed_offload", "disk_offload"):
         gpus, placement = _offloaded(arch, machine, work, how)
     elif len(machine.gpus) > 1 and work.task == "infer":
@@ -246,6 +250,24 @@ def _offloaded(
     return (card(split),), offload_map(arch, split, where)
 
 
+def _streamed(
+    arch: Architecture, machine: Machine, work: Workload, how: Strategy
+) -> tuple[tuple[GpuEstimate, ...], PlacementMap]:
+    """Layer streaming on the first card: as many layers stay as surely fit beside the slots."""
+    gpu = machine.gpus[0]
+    memory = _memory(arch, work, how, gpu)
+
+    def card(resident: int) -> GpuEstimate:
+        return _card(gpu, streamed_memory(memory, arch, how, resident), arch, work, how)
+
+    room = budget(gpu)[0] or 0
+    fits, too_many = 0, arch.layers + 1
+    while too_many - fits > 1:
+        middle = (fits + too_many) // 2
+        fits, too_many = (middle, too_many) if card(middle).high_bytes <= room else (fits, middle)
+    return (card(fits),), stream_map(arch, fits)
+
+
 def _spread(
     arch: Architecture, machine: Machine, work: Workload, how: Strategy
 ) -> tuple[tuple[GpuEstimate, ...], PlacementMap]:
@@ -293,14 +315,16 @@ def _host(
     weights = weight_bytes(arch, how.quant, how.quant_experts, how.dtype)
     on_card = bool(gpus)
     memory = exact.memory if exact else _memory(arch, work, how, machine.gpus[0] if on_card else None)
-    in_ram = _in_ram(arch, weights, placement) if on_card else 0
+    streams = on_card and how.engine == "stream"
+    in_ram = _in_ram(arch, weights, placement) if on_card and not streams else 0
     saved = weights.total(arch.order) if work.task == "train" and work.method == "full" else 0
     return host_memory(
         on_card=on_card,
         in_ram_bytes=in_ram,
         managed_bytes=max((gpu.managed_bytes for gpu in gpus), default=0),
         pinned_bytes=memory.host_bytes if on_card else 0,
-        largest_tensor_bytes=_in_flight(arch, weights, placement, on_card),
+        slab_bytes=pinned_bytes(arch, how, placement.layers_on_gpu) if streams else 0,
+        largest_tensor_bytes=0 if streams else _in_flight(arch, weights, placement, on_card),
         saved_bytes=saved,
         run_bytes=0 if on_card else memory.peak.bytes + memory.managed_bytes,
     )

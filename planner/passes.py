@@ -1,9 +1,11 @@
 """Seconds of one pass: a token of decode, a prefill, a training step.
 
-A pass takes as long as the slower of the card and the Python that feeds it, plus what comes over the link or
-from disk while the card waits (accelerate's hooks do not overlap the two):
+A pass takes as long as the slowest of the card, the Python that feeds it and the copies that run beside them
+(engine stream), plus what comes over the link or from disk while the card waits (accelerate's hooks do not
+overlap the two):
 
-    seconds = max(max(bytes / bandwidth, operations / rate) + small kernels, launches x host) + link + disk
+    seconds = max(max(bytes / bandwidth, operations / rate) + small kernels, launches x host, streamed / link)
+              + link + disk
 
 Rates and efficiencies come from `planner.rates`, counts from `planner.work`.
 """
@@ -12,6 +14,7 @@ from __future__ import annotations
 
 from msgspec import Struct
 
+from planner.memory.stream import SLOTS
 from planner.rates import Level, Rates, efficiency
 from planner.types import PlacementMap, Strategy, Workload
 from planner.work import (
@@ -61,11 +64,14 @@ class Seconds(Struct, frozen=True):
     disk: float = 0.0
     other: float = 0.0
     """Card time that adds to both memory and compute."""
+    streamed: float = 0.0
+    """Copies over the link under the computation."""
 
     @property
     def total(self) -> float:
-        """The pass: card and host work side by side, transfers in turn with both."""
-        return max(max(self.memory, self.compute) + self.other, self.launch) + self.link + self.disk
+        """The pass: card, host and streamed copies side by side, other transfers in turn with all."""
+        card = max(self.memory, self.compute) + self.other
+        return max(card, self.launch, self.streamed) + self.link + self.disk
 
     @property
     def bound(self) -> str:
@@ -74,7 +80,7 @@ class Seconds(Struct, frozen=True):
             "memory bandwidth": self.memory,
             "compute": self.compute,
             "launch": self.launch,
-            "link": self.link,
+            "link": max(self.link, self.streamed),
             "disk": self.disk,
         }
         return max(parts, key=lambda name: parts[name])
@@ -101,7 +107,8 @@ def decode_seconds(job: Job, rates: Rates, level: Level) -> Seconds | None:
         repeated = repeated_cache_bytes(work, length, element_bytes(strategy.dtype))
         moved += batch * repeated / rates.bandwidth
     fetched = _fetch(job, rates, 2 * kept if strategy.cache == "offloaded" else 0.0)
-    if fetched is None:
+    streamed = _streamed_seconds(job, rates, level)
+    if fetched is None or streamed is None:
         return None
     link, disk = fetched
     kernels = launches(work, strategy, adapters=False) + work.layers * _CACHE_KERNELS.get(strategy.cache, 0)
@@ -117,7 +124,7 @@ def decode_seconds(job: Job, rates: Rates, level: Level) -> Seconds | None:
         products += _cpu_dequantize(job, level, batch)
     elif recorded:
         small, host = small + overhead, 0.0
-    return Seconds(read + moved, products, host, link, disk, small)
+    return Seconds(read + moved, products, host, link, disk, small, streamed)
 
 
 def prefill_seconds(job: Job, rates: Rates, level: Level) -> Seconds | None:
@@ -126,8 +133,8 @@ def prefill_seconds(job: Job, rates: Rates, level: Level) -> Seconds | None:
         return None
     work, strategy = job.work, job.strategy
     tokens = job.workload.sequences * job.workload.prompt_tokens
-    fetched = _fetch(job, rates, 0.0)
-    if fetched is None:
+    fetched, streamed = _fetch(job, rates, 0.0), _streamed_seconds(job, rates, level)
+    if fetched is None or streamed is None:
         return None
     compute = rates.compute * efficiency("prefill_compute", level)
     products = _product_seconds(job, 2.0 * work.active_linear_weights * tokens, compute, level)
@@ -139,7 +146,8 @@ def prefill_seconds(job: Job, rates: Rates, level: Level) -> Seconds | None:
     read = read_bytes(work, strategy, tokens) / rates.bandwidth
     if job.on_cpu:
         other, host = other + host, 0.0
-    return Seconds(read, products, host + efficiency("token_overhead_seconds", level), *fetched, other)
+    host += efficiency("token_overhead_seconds", level)
+    return Seconds(read, products, host, *fetched, other, streamed)
 
 
 # --------------------------------------------------------------------------- training
@@ -180,8 +188,10 @@ def train_seconds(job: Job, rates: Rates, level: Level) -> Seconds | None:
     if job.on_cpu:
         other, host = other + host, 0.0
     read = (2 + again) * read_bytes(work, strategy, tokens) / rates.bandwidth
-    link = _activation_seconds(job, rates, tokens)
-    return None if link is None else Seconds(read, products, host, link, 0.0, other)
+    link, streamed = _activation_seconds(job, rates, tokens), _streamed_seconds(job, rates, level)
+    if link is None or streamed is None:
+        return None
+    return Seconds(read, products, host, link, 0.0, other, streamed)
 
 
 def _activation_seconds(job: Job, rates: Rates, tokens: int) -> float | None:
@@ -226,10 +236,24 @@ def _cpu_dequantize(job: Job, level: Level, tokens: int) -> float:
     return seconds * (tokens if job.strategy.quant == "int8" else 1)
 
 
+def _streamed_seconds(job: Job, rates: Rates, level: Level) -> float | None:
+    """Copies of engine stream in one pass, or in forward and backward together: at each turn the last layers
+    are still in their slots."""
+    away = job.placement.layers_in_ram if job.strategy.engine == "stream" and not job.on_cpu else 0
+    kept = min(SLOTS, away)
+    copies = 2 * (away - kept) if job.workload.task == "train" else away if away > kept else 0
+    if not copies:
+        return 0.0
+    if rates.link is None:
+        return None
+    one_layer = layer_bytes(job.work, job.strategy) / job.work.layers
+    return copies * one_layer / (rates.link * efficiency("streamed_link", level))
+
+
 def _fetch(job: Job, rates: Rates, cache: float) -> tuple[float, float] | None:
     """Seconds on link and disk in one pass: offloaded layers are copied whole, idle experts too."""
     placed = job.placement
-    away = placed.layers_in_ram + placed.layers_on_disk
+    away = placed.layers_in_ram + placed.layers_on_disk if job.strategy.engine != "stream" else 0
     if job.on_cpu or not (away or cache):
         return 0.0, 0.0
     if rates.pageable is None:

@@ -44,6 +44,18 @@ def split_at(arch: Architecture, weights: WeightBytes, resident: int) -> Split:
     return Split(resident, sum(weights.layers[kind] for kind in arch.order[resident:]))
 
 
+def spread_evenly(count: int, total: int) -> frozenset[int]:
+    """`count` of the numbers below `total`, as far from each other as they go.
+
+    Resident layers of a streamed model are spread so: copies of the others run under their computation.
+
+    >>> sorted(spread_evenly(3, 9))
+    [1, 4, 7]
+    """
+    count = max(0, min(count, total))
+    return frozenset((2 * k + 1) * total // (2 * count) for k in range(count))
+
+
 def balanced(arch: Architecture, weights: WeightBytes, budgets: Sequence[int]) -> tuple[int, ...]:
     """Layers of each card, in proportion to what the cards have left beside embeddings and head."""
     first = weights.embeddings
@@ -88,6 +100,17 @@ def offload_map(arch: Architecture, split: Split, where: str) -> PlacementMap:
         layers_in_ram=gone if where == "cpu" else 0,
         layers_on_disk=gone if where == "disk" else 0,
     )
+
+
+def stream_map(arch: Architecture, resident: int) -> PlacementMap:
+    """`resident` layers, spread evenly, and all that is no layer on card 0; the other layers on "cpu"."""
+    kept = spread_evenly(resident, arch.layers)
+    names: dict[str, int | str] = dict.fromkeys(outer_modules(arch), 0)
+    layers: dict[str, int | str] = {
+        f"{arch.layers_path}.{i}": 0 if i in kept else "cpu" for i in range(arch.layers)
+    }
+    away = arch.layers - len(kept)
+    return PlacementMap(device_map={**names, **layers}, layers_on_gpu=len(kept), layers_in_ram=away)
 
 
 def several_cards(arch: Architecture, counts: Sequence[int]) -> PlacementMap:

@@ -20,8 +20,6 @@ from profiles.hardware import parse_capability
 from profiles.precisions import load_precisions
 from profiles.schema import Architecture
 
-ENGINES_BUILT = ("resident", "accelerate")
-
 _FLASH_ATTENTION_LARGEST_HEAD = 256
 
 
@@ -140,16 +138,38 @@ RULES: tuple[Rule, ...] = (
         (),
     ),
     Rule(
-        "engine_not_built",
-        lambda c: c.strategy.engine not in ENGINES_BUILT,
-        "the layer-streaming engine is not built yet",
-        "--engine resident, or --engine accelerate with an offload placement",
+        "stream_placement",
+        lambda c: c.strategy.engine == "stream" and c.strategy.placement != "mixed_offload",
+        "engine stream keeps layers in RAM and computes on a card: that is placement mixed_offload",
+        "--placement mixed_offload, or another engine",
+        ("placement",),
+    ),
+    Rule(
+        "stream_full",
+        lambda c: c.strategy.engine == "stream" and c.train and c.workload.method == "full",
+        "engine stream brings weights to the card and never back, and full fine-tuning changes them",
+        "--method qlora or lora, or --placement full_gpu on a larger card",
+        ("placement",),
+    ),
+    Rule(
+        "stream_dora",
+        lambda c: c.strategy.engine == "stream" and c.train and c.workload.lora_variant == "dora",
+        "DoRA reads all weights before the first step, and engine stream has them one layer at a time",
+        "--lora-variant lora or rslora",
+        ("placement",),
+    ),
+    Rule(
+        "stream_upcast",
+        lambda c: c.strategy.engine == "stream" and c.train and c.strategy.upcast_frozen,
+        "engine stream keeps frozen weights as they are",
+        "no --upcast-frozen",
+        ("placement",),
     ),
     Rule(
         "resident_offload",
         lambda c: c.strategy.engine == "resident" and c.offloads,
         "engine resident keeps every layer where it computes and offloads none",
-        "--engine accelerate, or --placement full_gpu",
+        "--engine stream or accelerate, or --placement full_gpu",
     ),
     Rule(
         "accelerate_without_card",
@@ -161,14 +181,15 @@ RULES: tuple[Rule, ...] = (
         "train_offloaded",
         lambda c: c.train and c.offloads and c.strategy.engine == "accelerate",
         "training does not run under accelerate's offload: backward needs weights its hooks have taken away",
-        "--placement full_gpu on a larger card or with --method qlora, or --placement cpu",
+        "--engine stream with --placement mixed_offload, --placement full_gpu on a larger card, or "
+        "--placement cpu",
         ("placement",),
     ),
     Rule(
         "offload_quantized",
         lambda c: c.offloads and c.strategy.quant != "none" and c.strategy.engine == "accelerate",
         "under accelerate, offloaded modules stay unquantized, and transformers refuses to mix the two",
-        "--quant none, or a card that holds all quantized layers",
+        "--engine stream with --placement mixed_offload, --quant none, or a larger card",
     ),
     Rule(
         "full_quantized",
@@ -300,7 +321,7 @@ RULES: tuple[Rule, ...] = (
     Rule(
         "static_offload",
         lambda c: not c.train and c.strategy.cache == "static" and c.offloads,
-        "a static cache is there to record decode steps, and accelerate's hooks cannot be recorded",
+        "a static cache is there to record decode steps, and layers that come to the card in each cannot be",
         "--cache dynamic",
     ),
     Rule(

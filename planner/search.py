@@ -27,6 +27,8 @@ from profiles.schema import ModelProfile
 
 MOST_CANDIDATES = 8
 _MEANINGFUL_SAVING = 0.98
+_CLEARLY_FASTER = 1.5
+"""Of two ways that are both too slow, the faster one is worth this much more waiting."""
 
 
 class Estimator(Protocol):
@@ -124,7 +126,8 @@ def _needless(estimated: Sequence[Scored]) -> list[Rejected]:
 
 
 def worth_keeping(field: Field, ranked: Sequence[Scored], fastest: float | None) -> list[Scored]:
-    """The few of a ranking that differ in something that matters; of what is too slow, one a placement."""
+    """The few of a ranking that differ in something that matters; of what is too slow, one a placement and
+    what is clearly faster."""
     kept: list[Scored] = []
     least: dict[str, float] = {}
     quickest: dict[str, float] = {}
@@ -132,10 +135,10 @@ def worth_keeping(field: Field, ranked: Sequence[Scored], fastest: float | None)
     for each in ranked:
         strategy, needed = each.strategy, footprint(each.estimate)
         kind = (strategy.placement, strategy.quant)
-        slow = usable(each, field.workload, fastest) == 2
-        if slow and kept and any(other.strategy.placement == strategy.placement for other in kept):
-            continue
         typical = each.speed.typical if each.speed else 0.0
+        slow = usable(each, field.workload, fastest) == 2
+        if slow and typical < _CLEARLY_FASTER * quickest.get(strategy.placement, 0.0):
+            continue
         faster = kind not in seen and typical > quickest.get(strategy.placement, 0.0)
         saves = needed < _MEANINGFUL_SAVING * least.get(strategy.placement, float("inf"))
         if strategy.placement not in least or saves or faster:

@@ -82,9 +82,25 @@ def default_optimizer(machine: Machine, workload: Workload) -> str:
     return "paged_adamw_8bit" if paged else "adamw_8bit"
 
 
+ENGINES: dict[Placement, tuple[Engine, ...]] = {
+    "full_gpu": ("resident",),
+    "mixed_offload": ("stream", "accelerate"),
+    "disk_offload": ("accelerate",),
+    "cpu": ("resident",),
+}
+"""What carries each placement out, the preferred engine first."""
+
+
 def default_engine(placement: Placement) -> Engine:
     """What carries a placement out where no engine is named."""
-    return "accelerate" if placement in ("mixed_offload", "disk_offload") else "resident"
+    return ENGINES[placement][0]
+
+
+def _default_placement(machine: Machine, pinned: Mapping[str, Any]) -> Placement:
+    """Where layers live where no placement is named: engine stream has one of its own."""
+    if not machine.gpus:
+        return "cpu"
+    return "mixed_offload" if pinned.get("engine") == "stream" else "full_gpu"
 
 
 def default_dtype(machine: Machine, workload: Workload, placement: Placement) -> Dtype:
@@ -102,7 +118,7 @@ def resolve_strategy(
     Errors: `BadOption` when the settings exclude each other.
     """
     qlora = workload.task == "train" and workload.method == "qlora"
-    placement: Placement = pinned.get("placement") or ("full_gpu" if machine.gpus else "cpu")
+    placement: Placement = pinned.get("placement") or _default_placement(machine, pinned)
     quant: Quant = pinned.get("quant") or ("nf4" if qlora else "none")
     strategy = _base(arch, machine, workload, pinned, placement, quant)
     rule = broken_rule(Case(arch, machine, workload, strategy))
@@ -129,16 +145,22 @@ def legal_strategies(
     for placement, quant in product(
         _choices(fixed, "placement", PLACEMENTS), _choices(fixed, "quant", QUANTS)
     ):
-        base = _base(arch, machine, workload, fixed, placement, quant)
-        rule = broken_rule(Case(arch, machine, workload, base))
-        if rule is not None:
+        broken: list[tuple[Strategy, Rule]] = []
+        engines = _choices(fixed, "engine", ENGINES[placement])
+        for engine in engines:
+            base = _base(arch, machine, workload, {**fixed, "engine": engine}, placement, quant)
+            rule = broken_rule(Case(arch, machine, workload, base))
+            if rule is not None:
+                broken.append((base, rule))
+                continue
+            for strategy in _variants(workload, base, fixed, prefer):
+                if broken_rule(Case(arch, machine, workload, strategy)) is None:
+                    legal[strategy] = None
+        if len(broken) == len(engines):  # else one carries it out, and what the other lacks is no matter
+            base, rule = broken[0]
             first = first or rule
             key = (rule.name, *(getattr(base, name) for name in rule.about))
             rejected.setdefault(key, Rejected(strategy=base, reason=rule.reason, needs=rule.needs))
-            continue
-        for strategy in _variants(workload, base, fixed, prefer):
-            if broken_rule(Case(arch, machine, workload, strategy)) is None:
-                legal[strategy] = None
     if not legal and first is not None:
         raise BadOption(first.reason, f"what would work: {first.needs}")
     return list(legal), list(rejected.values())

@@ -12,9 +12,7 @@ from typing import Any
 from executor.engines import Loaded, LoadRequest
 from executor.errors import CannotHonour
 from executor.load import layer_count, load_model, load_tokenizer
-
-SLOTS = 2
-"""One to read and one to fill: a third holds what could as well be a resident layer."""
+from planner.memory.stream import SLOTS
 
 
 def load(request: LoadRequest) -> Loaded:

@@ -20,9 +20,9 @@ from executor.errors import CannotHonour
 from executor.streaming.arena import Arena, require_room
 from executor.streaming.layers import Stack, find_stack, tied_names
 from executor.streaming.residency import Tables, Weight, nowhere, weights_of
-from executor.streaming.schedule import spread_evenly
 from executor.streaming.slab import Layout, lay_out
 from executor.streaming.streamer import StreamedLayer
+from planner.placement import spread_evenly
 
 
 @dataclass(frozen=True)

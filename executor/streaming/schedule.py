@@ -106,12 +106,3 @@ class Schedule:
         to_the_end = self._layers - 1 - self._last if self._step > 0 else self._last
         back = self._layers - 1 - layer if self._step > 0 else layer
         return to_the_end + back + 1
-
-
-def spread_evenly(count: int, total: int) -> frozenset[int]:
-    """`count` of the numbers below `total`, as far from each other as they go.
-
-    Resident layers are spread so: the copies of streamed layers run under the computation of those between.
-    """
-    count = max(0, min(count, total))
-    return frozenset((2 * k + 1) * total // (2 * count) for k in range(count))

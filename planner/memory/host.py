@@ -33,14 +33,16 @@ def host_memory(
     in_ram_bytes: int,
     managed_bytes: int,
     pinned_bytes: int,
+    slab_bytes: int = 0,
     largest_tensor_bytes: int,
     saved_bytes: int,
     run_bytes: int = 0,
 ) -> HostEstimate:
-    """Peak RAM. `run_bytes`: allocated peak of a run on the CPU itself."""
+    """Peak RAM. `slab_bytes`: of streamed layers; `run_bytes`: allocated peak of a run on the CPU itself."""
     lines = (
         line("process", process_ram(on_card), "Python, torch and libraries", "measured"),
         line("offloaded weights", in_ram_bytes, "layers kept in RAM, unquantized under accelerate"),
+        line("streamed layers", slab_bytes, "one block a layer, page-locked"),
         line("run", run_bytes, "weights, activations and cache on the CPU", "modelled"),
         line("offloaded cache or checkpoints", pinned_bytes, "pinned, copied to the card and back"),
         line("paged optimizer state", managed_bytes, "managed memory: RAM stands behind it"),
@@ -53,7 +55,9 @@ def host_memory(
     )
     kept = tuple(item for item in lines if item.bytes)
     return HostEstimate(
-        ram_bytes=sum(item.bytes for item in kept), pinned_bytes=pinned_bytes, components=kept
+        ram_bytes=sum(item.bytes for item in kept),
+        pinned_bytes=pinned_bytes + slab_bytes,
+        components=kept,
     )
 
 

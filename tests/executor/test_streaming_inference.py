@@ -17,7 +17,7 @@ from executor.cli import main
 from executor.engines import resident, stream
 from executor.errors import BadWeights, CannotHonour
 from executor.source import ModelSource
-from executor.streaming.schedule import spread_evenly
+from planner.placement import spread_evenly
 from planner.types import Workload
 
 pytestmark = pytest.mark.executor

@@ -9,7 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from executor.streaming.schedule import Copy, Schedule, spread_evenly
+from executor.streaming.schedule import Copy, Schedule
+from planner.placement import spread_evenly
 
 SIZES = st.tuples(st.integers(2, 9), st.integers(2, 5))
 

@@ -26,7 +26,21 @@ def rule(machine, workload, strategy, arch=QWEN):
     ("name", "machine", "workload", "strategy"),
     [
         ("no_card", no_card(), INFER, Strategy()),
-        ("engine_not_built", card("rtx-3090"), INFER, Strategy(engine="stream")),
+        ("stream_placement", card("rtx-3090"), INFER, Strategy(engine="stream")),
+        ("stream_placement", no_card(), INFER, Strategy(engine="stream", placement="cpu")),
+        ("stream_full", card("rtx-3090"), FULL, Strategy(engine="stream", placement="mixed_offload")),
+        (
+            "stream_dora",
+            card("rtx-3090"),
+            Workload(task="train", method="lora", lora_variant="dora"),
+            Strategy(engine="stream", placement="mixed_offload"),
+        ),
+        (
+            "stream_upcast",
+            card("rtx-3090"),
+            QLORA,
+            Strategy(engine="stream", placement="mixed_offload", quant="nf4", upcast_frozen=True),
+        ),
         ("resident_offload", card("rtx-3090"), INFER, Strategy(placement="mixed_offload")),
         ("accelerate_without_card", no_card(), INFER, Strategy(placement="cpu", engine="accelerate")),
         ("train_offloaded", card("rtx-3090"), LORA, Strategy(placement="mixed_offload", engine="accelerate")),
@@ -131,10 +145,11 @@ def test_what_the_user_fixed_stays_fixed():
     [
         (card("h200"), FULL, {"quant": "nf4"}, "full fine-tuning"),
         (card("h200"), QLORA, {"quant": "none"}, "QLoRA"),
-        (card("h200"), LORA, {"placement": "mixed_offload"}, "accelerate's offload"),
-        (card("h200"), INFER, {"quant": "nf4", "placement": "mixed_offload"}, "unquantized"),
+        (card("h200"), LORA, {"placement": "disk_offload"}, "accelerate's offload"),
+        (card("h200"), INFER, {"quant": "nf4", "placement": "disk_offload"}, "unquantized"),
+        (card("h200"), FULL, {"placement": "mixed_offload"}, "never back"),
         (no_card(), INFER, {"placement": "full_gpu"}, "no card"),
-        (card("h200"), INFER, {"engine": "stream"}, "not built"),
+        (card("h200"), INFER, {"engine": "stream", "placement": "full_gpu"}, "mixed_offload"),
         (card("t4"), INFER, {"dtype": "bf16", "placement": "full_gpu"}, "bf16"),
     ],
 )
@@ -163,16 +178,19 @@ def test_search_covers_placements_and_precisions():
     ways = {(each.placement, each.quant) for each in legal}
     assert ways == {
         ("full_gpu", "none"), ("full_gpu", "int8"), ("full_gpu", "nf4"), ("mixed_offload", "none"),
-        ("disk_offload", "none"), ("cpu", "none"), ("cpu", "int8"), ("cpu", "nf4"),
+        ("mixed_offload", "int8"), ("mixed_offload", "nf4"), ("disk_offload", "none"), ("cpu", "none"),
+        ("cpu", "int8"), ("cpu", "nf4"),
     }  # fmt: skip
     assert {(each.strategy.placement, each.strategy.quant) for each in rejected} == {
-        (placement, quant) for placement in ("mixed_offload", "disk_offload") for quant in ("int8", "nf4")
+        ("disk_offload", quant) for quant in ("int8", "nf4")
     }
-    engines = {each.placement: each.engine for each in legal}
-    offload = "accelerate"
+    engines = {(each.placement, each.engine) for each in legal}
     assert engines == {
-        "full_gpu": "resident", "mixed_offload": offload, "disk_offload": offload, "cpu": "resident",
+        ("full_gpu", "resident"), ("mixed_offload", "stream"), ("mixed_offload", "accelerate"),
+        ("disk_offload", "accelerate"), ("cpu", "resident"),
     }  # fmt: skip
+    quantized = {each.engine for each in legal if each.placement == "mixed_offload" and each.quant != "none"}
+    assert quantized == {"stream"}, "accelerate leaves what it offloads unquantized"
 
 
 def test_a_card_that_is_missing_is_said_once():

@@ -1,0 +1,142 @@
+"""What layer streaming keeps on the card and in RAM (`executor/streaming`).
+
+Every streamed layer is one block of page-locked RAM, its slab: tensors begin at multiples of 256 bytes, a
+slab ends at a multiple of 4 KiB. The card has `SLOTS` blocks of the largest slab's size for all of them
+together. Embeddings, final norm and output projection stay on the card, as do buffers and the few parameters
+that belong to a layer itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import lru_cache
+
+from msgspec.structs import replace
+
+from planner.memory.moments import CardMemory, line
+from planner.memory.tape import rounded
+from planner.memory.weights import WIDTH, layer_linears, parameter_bytes, weight_bytes
+from planner.placement import spread_evenly
+from planner.types import MemoryLine, Strategy
+from planner.units import format_bytes
+from profiles.precisions import load_precisions, stored_bytes
+from profiles.schema import Architecture, Layer, Linear, Parameter
+
+SLOTS = 2
+"""One to read and one to fill: a third would hold what can as well be a resident layer."""
+
+_TENSOR, _SLAB = 256, 4096
+_OFFSET = {"nf4": (4,)}
+"""The offset of double quantization, a tensor of its own."""
+_TABLES = {"nf4": (16 * 4, 256 * 4)}
+"""Code books, which all streamed weights share."""
+
+
+def slab_bytes(layer: Layer, quant: str, width: int) -> int:
+    """Bytes of one layer's slab. `width`: of an element that is not quantized."""
+    used = sum(-(-size // _TENSOR) * _TENSOR for size in _tensors(layer, quant, width))
+    return -(-used // _SLAB) * _SLAB
+
+
+def _tensors(layer: Layer, quant: str, width: int) -> Iterator[int]:
+    """Bytes of every tensor that is streamed with a layer."""
+    attention, channel = layer.attention, layer.feed_forward
+    for norm in (*layer.norms, *attention.norms, *channel.norms):
+        yield from [norm.size * width] * (int(norm.weight) + int(norm.bias))
+    for linear in layer_linears(layer):
+        yield from _linear(linear, quant, width)
+    parameters = [*layer.parameters, *attention.parameters, *channel.parameters]
+    experts = channel.experts
+    if experts is not None:
+        for router in experts.router:
+            if isinstance(router, Linear):
+                yield from _linear(router, quant, width)
+            else:
+                parameters.append(router)
+        parameters += experts.parameters if experts.fused else ()
+        for linear in () if experts.fused else experts.linears * experts.count:
+            yield from _linear(linear, quant, width)
+    for item in parameters:
+        if not _stays(item):
+            yield item.elements * (4 if item.float32 else width)
+
+
+def _linear(linear: Linear, quant: str, width: int) -> Iterator[int]:
+    elements = linear.inputs * linear.outputs
+    if quant == "none":
+        yield elements * width
+    else:
+        yield from stored_bytes(load_precisions()[quant], linear.outputs, elements)
+        yield from _OFFSET.get(quant, ())
+    if linear.bias:
+        yield linear.outputs * width
+
+
+def _stays(item: Parameter) -> bool:
+    return item.buffer or "." not in item.name
+
+
+@lru_cache(maxsize=1024)
+def slabs(arch: Architecture, quant: str, dtype: str) -> tuple[int, ...]:
+    """Bytes of the slab of every layer, in order."""
+    kinds = [slab_bytes(layer, quant, WIDTH[dtype]) for layer in arch.kinds]
+    return tuple(kinds[kind] for kind in arch.order)
+
+
+def streamed_layers(arch: Architecture, resident: int) -> tuple[int, ...]:
+    """Indices of the layers that are streamed where `resident` stay."""
+    kept = spread_evenly(resident, arch.layers)
+    return tuple(index for index in range(arch.layers) if index not in kept)
+
+
+def pinned_bytes(arch: Architecture, how: Strategy, resident: int) -> int:
+    """Page-locked RAM of all streamed layers."""
+    sizes = slabs(arch, how.quant, how.dtype)
+    return sum(sizes[index] for index in streamed_layers(arch, resident))
+
+
+def streamed_memory(memory: CardMemory, arch: Architecture, how: Strategy, resident: int) -> CardMemory:
+    """The same run with all but `resident` layers in RAM, passing through slots.
+
+    Loading brings one layer to the card at a time, beside what stays; the slots are made afterwards.
+    """
+    away = streamed_layers(arch, resident)
+    if not away:
+        return memory
+    weights = weight_bytes(arch, how.quant, how.quant_experts, how.dtype)
+    sizes = slabs(arch, how.quant, how.dtype)
+    left = sum(weights.layers[arch.order[index]] - _left_behind(arch, index, how) for index in away)
+    count, largest = min(SLOTS, len(away)), max(sizes[index] for index in away)
+    tables = sum(rounded(table) for table in _TABLES.get(how.quant, ()))
+    slots = line(
+        "slots",
+        count * rounded(largest) + tables,
+        f"{count} x {format_bytes(largest)} for {len(away)} streamed layers",
+    )
+    stays = memory.load_bytes - left
+    passing = max(weights.layers[arch.order[index]] for index in away)
+    beside = memory.load_peak_bytes - memory.load_bytes
+    text = f"{resident} of {arch.layers} layers and all else that is no layer, {format_bytes(left)} in RAM"
+
+    def change(lines: tuple[MemoryLine, ...]) -> tuple[MemoryLine, ...]:
+        kept = (
+            replace(item, bytes=item.bytes - left, formula=text) if item.name == "weights" else item
+            for item in lines
+        )
+        return (*kept, slots)
+
+    return replace(
+        memory,
+        load_bytes=stays + slots.bytes,
+        load_peak_bytes=stays + max(slots.bytes, passing + beside),
+        snapshots=tuple(replace(shot, lines=change(shot.lines)) for shot in memory.snapshots),
+    )
+
+
+def _left_behind(arch: Architecture, index: int, how: Strategy) -> int:
+    layer = arch.kinds[arch.order[index]]
+    experts = layer.feed_forward.experts
+    routers = experts.router if experts is not None else ()
+    items = [*layer.parameters, *layer.attention.parameters, *layer.feed_forward.parameters, *routers]
+    width = WIDTH[how.dtype]
+    return sum(parameter_bytes(item, width) for item in items if isinstance(item, Parameter) and _stays(item))
