@@ -52,6 +52,11 @@ def _start(request: LoadRequest, model: Any, packer: Any, arena: Any) -> Loaded:
     tokenizer = load_tokenizer(request.source, request.remote_code)
     if not layers:
         return Loaded(model=model, tokenizer=tokenizer, layers_resident=layer_count(model), notes=notes)
+    if request.device.type == "cuda":
+        # blocks that loading has left must not stand beside the slots
+        import torch
+
+        torch.cuda.empty_cache()
     streamer = Streamer(layers, min(SLOTS, len(layers)), request.device)
     if request.candidate.strategy.quant != "none":
         from executor.streaming.linears import adopt

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 
+import msgspec
 import pytest
 
 pytest.importorskip("torch")
@@ -17,8 +19,9 @@ from executor.cli import main
 from executor.engines import resident, stream
 from executor.errors import BadWeights, CannotHonour
 from executor.source import ModelSource
-from planner.placement import spread_evenly
+from planner.placement import spread_evenly, stream_map
 from planner.types import Workload
+from profiles.architecture import architecture
 
 pytestmark = pytest.mark.executor
 QUANTIZED = [("qwen2", "nf4"), ("mixtral", "nf4"), ("gemma2", "int8"), ("gpt_oss", "int8"), ("gpt2", "nf4")]
@@ -78,6 +81,21 @@ def test_weights_stand_once(tmp_path: Path) -> None:
              for p in layers[i].parameters()}  # fmt: skip
     own = {p.untyped_storage().data_ptr() for i in kept for p in layers[i].parameters()}
     assert len(slots) == 2 and len(own) == 9 and not slots & own
+    loaded.close()
+
+
+def test_residents_are_those_of_the_plan(tmp_path: Path) -> None:
+    """Without a number on the command line; the map says which, too."""
+    arch = architecture(json.loads((write_model(tmp_path, "llama").folder / "config.json").read_text()))
+    placed = stream_map(arch, 2).device_map
+    asked = request(ModelSource(tmp_path, {}), "none", None, placement="mixed_offload")
+    candidate = msgspec.structs.replace(asked.candidate, device_map=placed)
+    loaded = stream.load(dataclasses.replace(asked, candidate=candidate))
+    assert (loaded.layers_resident, loaded.layers_streamed) == (2, 3)
+    layers = loaded.model.model.layers
+    shared = {i for i in range(LAYERS) if layers[i].mlp.up_proj.weight.untyped_storage().nbytes() ==
+              layers[i].mlp.down_proj.weight.untyped_storage().nbytes() > 10**5}  # fmt: skip
+    assert {f"model.layers.{i}" for i in shared} == {n for n, place in placed.items() if place == "cpu"}
     loaded.close()
 
 
