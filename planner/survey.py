@@ -234,7 +234,8 @@ def _changed(plain: Strategy, how: Strategy, estimated: Estimate) -> str | None:
     where = estimated.placement
     layers = where.layers_on_gpu + where.layers_in_ram + where.layers_on_disk
     if how.placement == "mixed_offload":
-        changes.append(f"{where.layers_in_ram} of {layers} layers in RAM")
+        ram = format_bytes(estimated.host.ram_bytes)
+        changes.append(f"{where.layers_in_ram} of {layers} layers in RAM ({ram} there)")
     elif how.placement == "disk_offload":
         changes.append(f"{where.layers_on_disk} of {layers} layers on disk")
     return "with " + ", ".join(changes) if changes else None

@@ -63,8 +63,9 @@ class Arena:
 
 def _mapped(nbytes: int) -> torch.Tensor:
     pages = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    with suppress(AttributeError, OSError):
-        pages.madvise(mmap.MADV_HUGEPAGE)  # fewer pages to lock
+    for advice in ("MADV_HUGEPAGE", "MADV_DONTFORK"):  # fewer pages to lock, none to copy for a child
+        with suppress(AttributeError, OSError):
+            pages.madvise(getattr(mmap, advice))
     return torch.frombuffer(pages, dtype=torch.uint8)
 
 

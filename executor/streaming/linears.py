@@ -23,7 +23,7 @@ class _Product4bit(MatMul4Bit):
     """bitsandbytes' product with the module in place of its packed weight."""
 
     @staticmethod
-    def forward(ctx: Any, x: Any, weight: Any, out: Any, bias: Any, linear: StreamedLinear4bit) -> Any:
+    def forward(ctx: Any, x: Any, weight: Any, out: Any, bias: Any, linear: Linear4bit) -> Any:
         output = MatMul4Bit.forward(ctx, x, weight, out, bias, linear.weight.quant_state)
         ctx.linear = linear
         if not ctx.is_empty:
@@ -51,7 +51,7 @@ class _Acquiring8bit:
     stock: type[torch.autograd.Function]
 
     @classmethod
-    def forward(cls, ctx: Any, x: Any, weight: Any, out: Any, bias: Any, linear: StreamedLinear8bit) -> Any:
+    def forward(cls, ctx: Any, x: Any, weight: Any, out: Any, bias: Any, linear: Linear8bitLt) -> Any:
         ctx.linear = linear
         return cls.stock.forward(ctx, x, weight, out, bias, linear.state)
 
@@ -70,7 +70,10 @@ class _Product8bitOnCpu(_Acquiring8bit, MatMul8bitFp):
 
 
 class _Streamed:
-    """A linear that knows its layer. Instances are made by `adopt`, from bitsandbytes' own."""
+    """A linear that knows its layer. Instances are made by `adopt`, from bitsandbytes' own.
+
+    The kinds keep bitsandbytes' names: peft tells them by these.
+    """
 
     streamer: Streamer
     layer: StreamedLayer
@@ -80,7 +83,7 @@ class _Streamed:
         self.streamer.acquire(self.layer)
 
 
-class StreamedLinear4bit(_Streamed, bnb.nn.Linear4bit):  # type: ignore[misc]
+class Linear4bit(_Streamed, bnb.nn.Linear4bit):  # type: ignore[misc]
     """bitsandbytes' 4-bit linear whose packed weight may move between forward and backward."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -108,7 +111,7 @@ class StreamedLinear4bit(_Streamed, bnb.nn.Linear4bit):  # type: ignore[misc]
         return bnb.matmul_4bit(x, packed, bias=bias, quant_state=state).to(given)
 
 
-class StreamedLinear8bit(_Streamed, bnb.nn.Linear8bitLt):  # type: ignore[misc]
+class Linear8bitLt(_Streamed, bnb.nn.Linear8bitLt):  # type: ignore[misc]
     """bitsandbytes' 8-bit linear whose weight may move between forward and backward."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -121,7 +124,7 @@ class StreamedLinear8bit(_Streamed, bnb.nn.Linear8bitLt):  # type: ignore[misc]
         return product.apply(x, self.weight, None, bias, self)
 
 
-_KINDS = {bnb.nn.Linear4bit: StreamedLinear4bit, bnb.nn.Linear8bitLt: StreamedLinear8bit}
+_KINDS = {bnb.nn.Linear4bit: Linear4bit, bnb.nn.Linear8bitLt: Linear8bitLt}
 
 
 def adopt(streamer: Streamer) -> None:
