@@ -175,6 +175,9 @@ def _answer_all(job: Generation, clock: PassClock) -> Generated:
     passes = _Passes(job, clock, width, tokenizer.pad_token_id)
     partial = job.output.path / "outputs.partial.jsonl"
     rows = _earlier_rows(partial)
+    if len(rows) < len(texts):
+        # only whole batches are kept: the others begin where those of an unbroken run do
+        del rows[len(rows) // size * size :]
     passes.result.prompts = len(rows)
     job.stop.graceful = True
     streamer = _streamer(job)
