@@ -22,6 +22,7 @@ from executor.examples import IGNORED
 from executor.files import publish_folder, write_atomically
 from executor.measure import MomentMeter, tensor_bytes
 from executor.stopping import StopRequest
+from executor.task import Look
 
 if TYPE_CHECKING:
     import torch
@@ -46,8 +47,7 @@ class TrainingRecord:
     optimizer_bytes: int = 0
     """Optimizer state on the device; managed memory is apart."""
     managed_bytes: int = 0
-    after_first_step: Any = None
-    """Called once the first step is done, when every kernel has been loaded."""
+    after_first_step: Look | None = None
 
 
 class RunTrainer(Trainer):
