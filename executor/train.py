@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 from executor import ui
-from executor.adapters import add_adapters
 from executor.batches import Collator, Examples, RandomTokens, split
 from executor.checkpoints import last_whole
 from executor.continuity import go_on_as
@@ -24,6 +23,7 @@ from executor.stopping import StopRequest
 from executor.task import Look, Task
 from executor.trainer import RunCallback, RunTrainer, TrainingRecord, read_progress
 from executor.training_arguments import choose_loss, training_arguments
+from planner.exact.adapters import add_adapters
 
 REHEARSAL_STEPS = 4
 PAD_MULTIPLE = {"cpu": 32, "cuda": 8}

@@ -10,7 +10,6 @@ import pytest
 import torch
 from conftest import candidate, strategy
 
-from executor.adapters import target_modules
 from executor.device import check_abilities
 from executor.errors import CannotHonour
 from executor.load import attention_for, load_model, make_config
@@ -18,6 +17,7 @@ from executor.measure import HostSampler, MomentMeter, resident_bytes, tensor_by
 from executor.memory_errors import is_out_of_memory
 from executor.random_weights import LazyTensor, lazy_state_dict
 from executor.source import ModelSource
+from planner.exact.adapters import target_modules
 from planner.types import Workload
 
 pytestmark = pytest.mark.executor
