@@ -99,8 +99,9 @@ def strategy(**changes: Any) -> Strategy:
 
 def environment(**changes: str) -> dict[str, str]:
     """The environment of a command: the same number of threads everywhere, since the order of a sum's terms,
-    and so the last bits of every result, depends on it."""
-    return {**os.environ, "HF_HUB_OFFLINE": "1", "NO_COLOR": "1", "OMP_NUM_THREADS": "2", **changes}
+    and so the last bits of every result, depends on it. One: two threads wait for each other by spinning, and
+    on busy cores a run of seconds takes minutes."""
+    return {**os.environ, "HF_HUB_OFFLINE": "1", "NO_COLOR": "1", "OMP_NUM_THREADS": "1", **changes}
 
 
 def executor(*args: Any, timeout: float = 120, **env: str) -> subprocess.CompletedProcess[str]:
