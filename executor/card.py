@@ -24,6 +24,8 @@ class Card:
         self._nvml: Any = None
         self._handle: Any = None
         self._used_before: dict[str, int] = {}
+        """Bytes in use on each card by its uuid, before this process had a context there."""
+        self._before = 0
         self.device: torch.device | None = None
         self.basis = "unknown"
         """How the process figure was read: nvml_process, nvml_card or unknown."""
@@ -45,6 +47,8 @@ class Card:
         self.device = device
         _settle_libraries(train)
         torch.cuda.init()
+        # Trainer, accelerate and bitsandbytes take the current card where nobody tells them another
+        torch.cuda.set_device(device)
         _warm_up(device, dtype, train)
         if self._nvml is not None:
             uuid = f"GPU-{torch.cuda.get_device_properties(device).uuid}"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -14,6 +14,8 @@ from planner.streams import reopen_closed, settle, tell
 
 ENGINES = ("resident", "accelerate", "stream")
 SCHEDULES = ("linear", "cosine", "constant", "constant_with_warmup")
+LARGEST_SEED = 2**32 - 1
+"""numpy's generator, which transformers seeds as well, takes 32 bits."""
 
 
 class _Parser(argparse.ArgumentParser):
@@ -127,17 +129,21 @@ def _add_run_options(p: argparse.ArgumentParser, rehearse: bool) -> None:
         "--output", type=Path, metavar="DIR", help="where the run leaves its files (default: under ./runs)"
     )
     p.add_argument(
-        "--candidate", type=_at_least(1), metavar="N", help="only this candidate of the plan (1 is the best)"
+        "--candidate", type=_whole(1), metavar="N", help="only this candidate of the plan (1 is the best)"
     )
     p.add_argument("--engine", choices=ENGINES, help="in place of the candidate's engine")
     p.add_argument(
-        "--resident-layers", type=_at_least(0), metavar="N", help="layers kept on the card (engine stream)"
+        "--resident-layers", type=_whole(0), metavar="N", help="layers kept on the card (engine stream)"
     )
     p.add_argument(
         "--vram-cap", type=_size, metavar="SIZE", help="run as if the card had this much memory, like 8GiB"
     )
     p.add_argument(
-        "--seed", type=_at_least(0), default=0, metavar="N", help="seed of every random number (default 0)"
+        "--seed",
+        type=_whole(0, LARGEST_SEED),
+        default=0,
+        metavar="N",
+        help="seed of every random number (default 0)",
     )
     p.add_argument("--offline", action="store_true", help="never use the network")
     p.add_argument(
@@ -165,9 +171,7 @@ def _add_inference_options(p: argparse._ArgumentGroup, rehearse: bool) -> None:
         p.add_argument(
             "--prompts", type=Path, metavar="FILE", help='JSONL of {"prompt": ...} or {"messages": [...]}'
         )
-    p.add_argument(
-        "--max-new-tokens", type=_at_least(1), metavar="N", help="in place of the plan's new tokens"
-    )
+    p.add_argument("--max-new-tokens", type=_whole(1), metavar="N", help="in place of the plan's new tokens")
     p.add_argument("--greedy", action="store_true", help="always the likeliest token")
     p.add_argument("--temperature", type=_number(0.0, 100.0), metavar="X", help="sample at this temperature")
     p.add_argument(
@@ -176,7 +180,7 @@ def _add_inference_options(p: argparse._ArgumentGroup, rehearse: bool) -> None:
 
 
 def _add_training_options(p: argparse._ArgumentGroup, rehearse: bool) -> None:
-    p.add_argument("--max-steps", type=_at_least(1), metavar="N", help="stop after this many optimizer steps")
+    p.add_argument("--max-steps", type=_whole(1), metavar="N", help="stop after this many optimizer steps")
     p.add_argument(
         "--learning-rate",
         type=_number(0.0, 1000.0),
@@ -202,7 +206,7 @@ def _add_training_options(p: argparse._ArgumentGroup, rehearse: bool) -> None:
         "--epochs", type=_number(0.0, 1e6), default=1.0, metavar="X", help="passes over the data (default 1)"
     )
     p.add_argument(
-        "--save-steps", type=_at_least(1), metavar="N", help="steps between checkpoints (default: a tenth)"
+        "--save-steps", type=_whole(1), metavar="N", help="steps between checkpoints (default: a tenth)"
     )
     p.add_argument(
         "--eval-split",
@@ -221,21 +225,22 @@ def _add_training_options(p: argparse._ArgumentGroup, rehearse: bool) -> None:
     )
 
 
-def _at_least(least: int):  # type: ignore[no-untyped-def]
+def _whole(least: int, most: int | None = None) -> Callable[[str], int]:
     def read(text: str) -> int:
         value = int(text)
-        if value < least:
-            raise argparse.ArgumentTypeError(f"must be at least {least}")
+        if value < least or (most is not None and value > most):
+            bounds = f"at least {least}" if most is None else f"between {least} and {most}"
+            raise argparse.ArgumentTypeError(f"must be {bounds}")
         return value
 
-    read.__name__ = "whole number"
+    read.__name__ = "whole number"  # argparse calls what it cannot read an "invalid whole number value"
     return read
 
 
-def _number(low: float, high: float):  # type: ignore[no-untyped-def]
+def _number(low: float, high: float) -> Callable[[str], float]:
     def read(text: str) -> float:
         value = float(text)
-        if not low <= value <= high:
+        if not low <= value <= high:  # nan is neither
             raise argparse.ArgumentTypeError(f"must be between {low:g} and {high:g}")
         return value
 

@@ -6,7 +6,7 @@ import importlib.util
 from typing import TYPE_CHECKING
 
 from executor.errors import CannotHonour, MissingPackage
-from planner.types import Candidate, Dtype, Workload
+from planner.types import Candidate, Dtype, Strategy, Workload
 
 if TYPE_CHECKING:
     import torch
@@ -19,12 +19,13 @@ def require_packages(candidate: Candidate, workload: Workload, report_to: str = 
         needed.append("bitsandbytes")
     if workload.task == "train" and workload.method != "full":
         needed.append("peft")
-    if candidate.strategy.optimizer.endswith("8bit") or candidate.strategy.optimizer.startswith("paged"):
-        needed += ["bitsandbytes"] if workload.task == "train" else []
-    missing = sorted({name for name in needed if importlib.util.find_spec(name) is None})
+    optimizer = candidate.strategy.optimizer
+    if workload.task == "train" and (optimizer.endswith("8bit") or optimizer.startswith("paged")):
+        needed.append("bitsandbytes")
+    missing = sorted({name for name in needed if not _installed(name)})
     if missing:
         raise MissingPackage(f"{', '.join(missing)} not installed", "pip install 'fitwright[executor]'")
-    if report_to == "tensorboard" and importlib.util.find_spec("tensorboard") is None:
+    if report_to == "tensorboard" and not _installed("tensorboard"):
         raise MissingPackage("tensorboard is not installed", "pip install tensorboard")
 
 
@@ -42,12 +43,13 @@ def choose_device(candidate: Candidate) -> torch.device:
             "the candidate is for a CUDA card and torch sees none here",
             "make the plan on this machine, or for it with `planner plan ... --placement cpu`",
         )
-    return torch.device("cuda", min(_first_card(candidate), torch.cuda.device_count() - 1))
+    # where one card is made visible it is number 0, whatever the plan calls it
+    first = min(_cards(candidate), default=0)
+    return torch.device("cuda", min(first, torch.cuda.device_count() - 1))
 
 
-def _first_card(candidate: Candidate) -> int:
-    cards = [place for place in candidate.device_map.values() if isinstance(place, int)]
-    return min(cards, default=0)
+def _cards(candidate: Candidate) -> set[int]:
+    return {place for place in candidate.device_map.values() if isinstance(place, int)}
 
 
 def torch_dtype(name: Dtype) -> torch.dtype:
@@ -58,29 +60,14 @@ def torch_dtype(name: Dtype) -> torch.dtype:
 
 
 def check_abilities(candidate: Candidate, workload: Workload, device: torch.device) -> None:
-    """Errors: `CannotHonour` when dtype, kernels or optimizer of the candidate do not work on `device`."""
-    import torch
-
+    """Errors: `CannotHonour` for a setting of the candidate that does not work on `device` or that nothing
+    here carries out, `MissingPackage` for kernels that are not installed."""
     strategy = candidate.strategy
-    if device.type == "cuda" and strategy.dtype == "bf16" and not torch.cuda.is_bf16_supported(False):
-        raise CannotHonour("this card has no bf16", "make the plan again with `--dtype fp16`")
-    if workload.task == "train" and strategy.dtype == "fp16":
-        if workload.method == "full":
-            raise CannotHonour(
-                "full fine-tuning of fp16 weights cannot scale its gradients",
-                "plan with `--dtype bf16` or `--dtype fp32`",
-            )
-        if device.type == "cpu":
-            raise CannotHonour(
-                "training in fp16 does not work on the CPU", "plan with `--dtype bf16` or `--dtype fp32`"
-            )
-    if strategy.attention == "flash_attention_2" and importlib.util.find_spec("flash_attn") is None:
+    _require_cards(candidate, workload)
+    _require_dtype(strategy, workload, device)
+    if strategy.attention == "flash_attention_2" and not _installed("flash_attn"):
         raise MissingPackage("flash_attention_2 needs the package flash-attn", "plan with `--attention sdpa`")
-    if (
-        strategy.kernels == "liger"
-        and device.type == "cuda"
-        and importlib.util.find_spec("liger_kernel") is None
-    ):
+    if strategy.kernels == "liger" and device.type == "cuda" and not _installed("liger_kernel"):
         raise MissingPackage(
             "kernels liger need the package liger-kernel", "pip install 'fitwright[executor]'"
         )
@@ -90,3 +77,39 @@ def check_abilities(candidate: Candidate, workload: Workload, device: torch.devi
         )
     if strategy.speculate != "none":
         raise CannotHonour("speculation is not built in this engine", "plan with `--speculate none`")
+    if workload.task == "train" and strategy.activation_offload:
+        raise CannotHonour(
+            "activation offload is not built in this engine", "plan without `--activation-offload`"
+        )
+
+
+def _require_cards(candidate: Candidate, workload: Workload) -> None:
+    import torch
+
+    cards, seen = _cards(candidate), torch.cuda.device_count()
+    # training runs one replica on the first card, whatever else the plan names
+    if workload.task == "infer" and len(cards) > 1 and max(cards) >= seen:
+        raise CannotHonour(
+            f"the candidate splits its layers over cards {', '.join(map(str, sorted(cards)))} and torch sees "
+            f"{seen}",
+            "make the plan again on this machine; CUDA_VISIBLE_DEVICES may hide cards",
+        )
+
+
+def _require_dtype(strategy: Strategy, workload: Workload, device: torch.device) -> None:
+    import torch
+
+    if device.type == "cuda" and strategy.dtype == "bf16" and not torch.cuda.is_bf16_supported(False):
+        raise CannotHonour("this card has no bf16", "make the plan again with `--dtype fp16`")
+    if workload.task != "train" or strategy.dtype != "fp16":
+        return
+    instead = "plan with `--dtype bf16` or `--dtype fp32`"
+    if workload.method == "full":
+        raise CannotHonour("full fine-tuning of fp16 weights cannot scale its gradients", instead)
+    if device.type == "cpu":
+        raise CannotHonour("training in fp16 does not work on the CPU", instead)
+
+
+def _installed(package: str) -> bool:
+    """Imports nothing."""
+    return importlib.util.find_spec(package) is not None

@@ -7,43 +7,28 @@ from collections.abc import Sequence
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from executor import ui
 from executor.caches import Caches, bytes_of
-from executor.engines import Loaded
 from executor.errors import Interrupted
 from executor.files import write_atomically
-from executor.measure import MomentMeter, watch_generation
-from executor.options import RunOptions
-from executor.output import OutputDirectory
+from executor.measure import watch_generation
 from executor.pass_clock import PassClock
 from executor.prompts import Prompt, encode, longest, render, shown
 from executor.sampling import StopSoon, end_tokens, sampling
-from executor.stopping import StopRequest
-from planner.types import Strategy, Workload
-
-if TYPE_CHECKING:
-    import torch
+from executor.task import Look, Task
 
 _WARM_UP_TOKENS = 4
 """Prefill, a step that loads kernels, one that is recorded where there is a graph, one like all others."""
 
 
 @dataclass(kw_only=True)
-class Generation:
+class Generation(Task):
     """What is needed to generate with one loaded candidate."""
 
-    loaded: Loaded
-    workload: Workload
-    strategy: Strategy
-    options: RunOptions
-    output: OutputDirectory
-    device: torch.device
-    meter: MomentMeter
-    stop: StopRequest
     prompts: Sequence[Prompt] = ()
-    after_first_batch: Any = None
+    after_first_batch: Look | None = None
 
     @property
     def new_tokens(self) -> int:
@@ -53,9 +38,18 @@ class Generation:
 
 @dataclass
 class Generated:
-    """What was generated, and how fast: the rates of the last full batch."""
+    """What was generated, and how fast: the rates of the last batch of the planned size, or of the first
+    where all are smaller.
+
+    Rates count what the card computes, as the planner's do: padding of shorter prompts, and the positions
+    of answers that ended before the longest of their batch.
+    """
 
     prompts: int = 0
+    largest_batch: int = 0
+    """Most sequences that were generated at once."""
+    most_new_tokens: int = 0
+    """The longest that an answer could get."""
     new_tokens: int = 0
     prefill_tokens_per_s: float | None = None
     decode_tokens_per_s: float | None = None
@@ -83,7 +77,7 @@ class _Passes:
     """Calls of `generate` with the settings and the cache of one job."""
 
     def __init__(self, job: Generation, clock: PassClock, longest_prompt: int, pad: int) -> None:
-        self.result = Generated()
+        self.result = Generated(most_new_tokens=job.new_tokens)
         self._job, self._clock, self._warm = job, clock, job.device.type != "cuda"
         self._settings: dict[str, Any] = {
             "max_new_tokens": job.new_tokens,
@@ -135,6 +129,7 @@ class _Passes:
     def _measure(self, ids: Any, done: Any) -> None:
         result, clock, new = self.result, self._clock, done.sequences.shape[1] - ids.shape[1]
         result.prompts += ids.shape[0]
+        result.largest_batch = max(result.largest_batch, ids.shape[0])
         result.new_tokens += ids.shape[0] * new
         result.cache_bytes = max(result.cache_bytes, bytes_of(done.past_key_values))
         result.notes = self._caches.notes
@@ -176,6 +171,9 @@ def _answer_all(job: Generation, clock: PassClock) -> Generated:
     passes = _Passes(job, clock, width, tokenizer.pad_token_id)
     partial = job.output.path / "outputs.partial.jsonl"
     rows = _earlier_rows(partial)
+    if len(rows) < len(texts):
+        # only whole batches are kept: the others begin where those of an unbroken run do
+        del rows[len(rows) // size * size :]
     passes.result.prompts = len(rows)
     job.stop.graceful = True
     streamer = _streamer(job)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass
-from pathlib import Path
 
 from executor.errors import BadOption
 from executor.options import RunOptions
@@ -31,20 +30,16 @@ def read_inputs(workload: Workload, options: RunOptions) -> Inputs:
     """
     if options.rehearse:
         return Inputs()
+    digest = hashlib.sha256()
     if workload.task == "infer":
         if options.dataset is not None:
             raise BadOption("--dataset is for training and the plan is for inference")
         check_sampling(options)
-        return Inputs(prompts=tuple(prompts_of(options)), digest=_digest(options.prompts_file))
+        prompts = tuple(prompts_of(options, digest))
+        return Inputs(prompts=prompts, digest=digest.hexdigest() if options.prompts_file else None)
     if options.prompts or options.prompts_file is not None:
         raise BadOption("--prompt is for inference and the plan is for training", "give --dataset FILE.jsonl")
     if options.dataset is None:
         raise BadOption("training needs a dataset", "give --dataset FILE.jsonl, or use `executor rehearse`")
-    return Inputs(rows=tuple(read_examples(options.dataset)), digest=_digest(options.dataset))
-
-
-def _digest(path: Path | None) -> str | None:
-    if path is None:
-        return None
-    with open(path, "rb") as f:
-        return hashlib.file_digest(f, "sha256").hexdigest()
+    rows = tuple(read_examples(options.dataset, digest))
+    return Inputs(rows=rows, digest=digest.hexdigest())

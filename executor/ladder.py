@@ -14,7 +14,6 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from executor import ui
-from executor.disk_errors import chain
 from executor.errors import FitwrightError, Interrupted, OutOfMemory
 from executor.inputs import Inputs
 from executor.memory_errors import Shortage, is_out_of_memory
@@ -107,13 +106,13 @@ def _try(job: Job, candidate: Candidate, card: Card, last_resort: bool) -> tuple
         if not last_resort or error.exit_code != 2:
             raise
         gone = Left(candidate, str(error))
-        _forget(error)
+        forget_frames(error)
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
         shortage = attempt.shortage(error)
         gone = Left(candidate, str(shortage), shortage)
-        _forget(error)
+        forget_frames(error)
     attempt.let_go()
     job.output.sweep()
     release()
@@ -146,13 +145,20 @@ def release() -> None:
         torch.cuda.empty_cache()
 
 
-def _forget(error: BaseException) -> None:
-    """Frames of a traceback hold the tensors of every function that was running."""
-    for each in chain(error):
-        for linked in (each, each.__context__):
-            if linked is not None and linked.__traceback__ is not None:
-                traceback.clear_frames(linked.__traceback__)
-                linked.__traceback__ = None
+def forget_frames(error: BaseException) -> None:
+    """Frames of a traceback hold the tensors of every function that was running: of this error, and of all
+    that it was raised from or while handling."""
+    linked: list[BaseException | None] = [error]
+    seen: set[int] = set()
+    while linked:
+        each = linked.pop()
+        if each is None or id(each) in seen:
+            continue
+        seen.add(id(each))
+        linked += (each.__cause__, each.__context__)
+        if each.__traceback__ is not None:
+            traceback.clear_frames(each.__traceback__)
+            each.__traceback__ = None
 
 
 def _say_what_stays() -> None:

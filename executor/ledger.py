@@ -48,10 +48,9 @@ def entry_of(
     key = machine_key(here, cards)
     if key is None or (on_card and not cards):
         return None
-    work, predicted = plan.workload, _figures(candidate, report, 0)
-    if work.task == "infer" and options.max_new_tokens not in (None, work.new_tokens):
-        # the job was changed after it was predicted
-        work, predicted = replace(work, new_tokens=options.max_new_tokens), Figures()
+    work = report.workload
+    # what was predicted for another job says nothing about this one
+    predicted = _figures(candidate, report, 0) if work == plan.workload else Figures()
     now = datetime.datetime.now(datetime.UTC)
     gpu = next((gpu for gpu in here.gpus if gpu.index == cards[0]), None) if cards else None
     return Entry(

@@ -22,10 +22,10 @@ from executor.errors import BadOption, BadWeights, CannotHonour, DirectoryInUse
 from executor.files import publish_folder, write_atomically
 from executor.measure import HostSampler
 from executor.merge_plan import Changes, find_changes
-from executor.merge_write import INDEX, Shard, read_shards, refuse_quantized, write_shard
+from executor.merge_write import Shard, read_shards, refuse_quantized, write_shard
 from executor.quiet import silence, silence_loaded, stay_offline
 from executor.stopping import StopRequest
-from executor.weights import check_weights
+from executor.weights import INDEX, SINGLE, check_weights
 from planner.units import format_bytes
 
 MERGE_SCHEMA = "fitwright.merge/1"
@@ -196,7 +196,7 @@ def _write(shards: list[Shard], changes: Changes, staging: Path) -> tuple[int, i
         for shard in shards:
             for name in write_shard(shard, changes, staging / shard.path.name, done):
                 weight_map[name] = shard.path.name
-    if len(shards) > 1 or shards[0].path.name != "model.safetensors":
+    if len(shards) > 1 or shards[0].path.name != SINGLE:
         index = {"metadata": {"total_size": written}, "weight_map": weight_map}
         write_atomically(staging / INDEX, json.dumps(index, indent=2, sort_keys=True) + "\n")
     return written, total

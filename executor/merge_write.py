@@ -18,11 +18,11 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 
 from executor.errors import BadWeights
 from executor.merge_plan import Changes
+from executor.weights import weight_files
 
 if TYPE_CHECKING:
     import torch
 
-INDEX = "model.safetensors.index.json"
 _FLOATS = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 
 
@@ -49,11 +49,7 @@ class Shard:
 
 def read_shards(folder: Path) -> list[Shard]:
     """The weight files of a checkpoint that `check_weights` has found whole."""
-    index = folder / INDEX
-    if (folder / "model.safetensors").exists() or not index.exists():
-        return [_read_shard(folder / "model.safetensors")]
-    names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-    return [_read_shard(folder / name) for name in names]
+    return [_read_shard(path) for path in weight_files(folder)]
 
 
 def _read_shard(path: Path) -> Shard:

@@ -11,7 +11,7 @@ from planner.memory.infer import inference_memory
 from planner.memory.overheads import cublas_workspace
 from planner.memory.train import training_memory
 from planner.types import Candidate, GpuEstimate, MemoryLine, Plan
-from profiles.architecture import architecture
+from profiles.architecture import loaded_architecture
 
 
 def lines_at(plan: Plan, candidate: Candidate, moment: str) -> dict[str, int]:
@@ -39,7 +39,7 @@ def _recomputed(plan: Plan, candidate: Candidate, gpu: GpuEstimate, moment: str)
     try:
         work = normal(plan.workload)
         how = normal_strategy(candidate.strategy, work)
-        memory = run(architecture(plan.model.config), work, how, cublas_workspace(card.profile))
+        memory = run(loaded_architecture(plan.model.config), work, how, cublas_workspace(card.profile))
     except (FitwrightError, TypeError, ValueError, KeyError):
         return {}
     shots = [shot for shot in memory.snapshots if shot.moment == moment]

@@ -8,6 +8,7 @@ and `plan` find it (`planner.inspect.probes`).
 from __future__ import annotations
 
 import datetime
+import errno
 import mmap
 import os
 import tempfile
@@ -21,8 +22,8 @@ from typing import Any
 from msgspec.structs import replace
 
 from planner.types import ProbeResult
+from planner.units import GIB
 
-GIB = 2**30
 COPY_BYTES = GIB
 DISK_BYTES = GIB
 DISK_BLOCK = 8 * 2**20
@@ -38,9 +39,11 @@ LAUNCHES = 2000
 Step = tuple[str, Callable[[ProbeResult], ProbeResult]]
 
 
-def probe_steps(device: Any, driver: str | None, folder: Path) -> Iterator[Step]:
-    """The measurements one by one, each with its name and what it fills in. `device`: a CUDA device or
-    None."""
+def probe_steps(device: Any, folder: Path) -> Iterator[Step]:
+    """The measurements one by one, each with its name and what it fills in.
+
+    `device`: a CUDA device or None. `folder`: on the disk that is measured.
+    """
     if device is not None:
         yield "link, pinned", lambda r: replace(r, **_pinned(device))
         yield "link, pageable", lambda r: replace(r, pageable_bytes_per_s=_pageable(device))
@@ -147,7 +150,7 @@ def _device_memory(device: Any) -> int:
 
 
 def _matmul(device: Any, name: str) -> int | None:
-    """Operations per second of a square product; float32 without TF32. None where the card lacks the
+    """Operations per second of a square product, float32 without TF32; None where the card lacks the
     dtype."""
     import torch
 
@@ -266,7 +269,8 @@ def _read_direct(path: Path, size: int) -> None:
         buffer = mmap.mmap(-1, DISK_BLOCK)
         try:
             for offset in range(first * DISK_BLOCK, size, DISK_THREADS * DISK_BLOCK):
-                os.preadv(descriptor, [buffer], offset)
+                if os.preadv(descriptor, [buffer], offset) != DISK_BLOCK:
+                    raise OSError(errno.EIO, "a read came back short")  # its rate would count what is missing
         except OSError as error:
             errors.append(error)
 

@@ -23,7 +23,7 @@ from planner.inspect.probes import StoredProbe, probe_file
 from planner.inspect.system import System
 from planner.types import Gpu, Machine, ProbeResult
 
-LEAST_DISK_BYTES = 512 * 2**20
+LEAST_FREE_BYTES = 512 * 2**20
 """A quarter of what is free is read and written: less than 128 MiB would measure the caches of the disk."""
 
 
@@ -61,7 +61,7 @@ def measure(device: Any, driver: str | None, folder: Path) -> ProbeResult:
     Errors: `FitwrightError` when the disk fills up or refuses.
     """
     result = empty_result(driver)
-    steps = list(probe_steps(device, driver, folder))
+    steps = list(probe_steps(device, folder))
     with _progress(len(steps)) as begin:
         for name, step in steps:
             begin(name)
@@ -129,7 +129,7 @@ def _require_room(folder: Path) -> None:
         space = os.statvfs(folder)
     except OSError as error:
         raise FitwrightError(f"cannot write to {folder}: {error.strerror}", hint) from None
-    if space.f_bavail * space.f_frsize < LEAST_DISK_BYTES:
+    if space.f_bavail * space.f_frsize < LEAST_FREE_BYTES:
         raise FitwrightError(f"{folder} has no disk space: the test needs 512 MiB free", hint)
 
 

@@ -7,19 +7,19 @@ from typing import Any
 
 from executor.errors import BadOption
 from executor.options import RunOptions
-from executor.rows import Message, read_prompts
+from executor.rows import Digest, Message, read_prompts
 
 Prompt = str | tuple[Message, ...]
 
 
-def prompts_of(options: RunOptions) -> list[Prompt]:
-    """Prompts from the command line, then from the file.
+def prompts_of(options: RunOptions, digest: Digest | None = None) -> list[Prompt]:
+    """Prompts from the command line, then from the file, whose bytes `digest` is fed.
 
     Errors: `BadOption` when there are none, `BadDataset` for a bad row.
     """
     prompts: list[Prompt] = list(options.prompts)
     if options.prompts_file is not None:
-        prompts += read_prompts(options.prompts_file)
+        prompts += read_prompts(options.prompts_file, digest)
     if not prompts:
         raise BadOption("generation needs a prompt", "give --prompt TEXT or --prompts FILE.jsonl")
     return prompts

@@ -9,7 +9,7 @@ import msgspec
 
 from executor.attempt import Outcome
 from executor.files import write_atomically
-from planner.types import Candidate, Evaluation, ModelRef, Plan, RunReport, Speed
+from planner.types import Candidate, Evaluation, ModelRef, Plan, RunReport, Speed, Workload
 
 
 def make_report(
@@ -38,7 +38,7 @@ def make_report(
         engine=outcome.candidate.engine,
         device=str(outcome.device),
         strategy=outcome.candidate.strategy,
-        workload=plan.workload,
+        workload=carried_out(plan.workload, outcome),
         layers_resident=engine["layers_resident"],
         layers_streamed=engine["layers_streamed"],
         slots=engine["slots"],
@@ -65,6 +65,18 @@ def make_report(
         notes=tuple(outcome.notes),
     )
     return msgspec.structs.replace(report, error=errors(outcome.candidate, report))
+
+
+def carried_out(planned: Workload, outcome: Outcome) -> Workload:
+    """The job as it was done: fewer prompts than the planned batch, or another number of new tokens, make it
+    another job than the one that was predicted."""
+    generated = outcome.generated
+    if generated is None:
+        return planned
+    done = msgspec.structs.replace(planned, new_tokens=generated.most_new_tokens)
+    if 0 < generated.largest_batch < planned.sequences:
+        done = msgspec.structs.replace(done, batch_size=generated.largest_batch, concurrency=1)
+    return done
 
 
 def train_rate(outcome: Outcome) -> float | None:

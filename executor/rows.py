@@ -9,11 +9,18 @@ import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from executor.errors import BadDataset
 
 Message = dict[str, Any]
+
+
+class Digest(Protocol):
+    """One of hashlib's."""
+
+    def update(self, data: bytes, /) -> None:
+        """Take these bytes in too."""
 
 
 @dataclass(frozen=True)
@@ -30,24 +37,24 @@ class Row:
     text: str | None = None
 
 
-def read_examples(path: Path) -> list[Row]:
-    """All examples of a training file.
+def read_examples(path: Path, digest: Digest | None = None) -> list[Row]:
+    """All examples of a training file. `digest` is fed its bytes on the way: a pipe can be read once.
 
     Errors: `BadDataset` naming the line of the first bad row, or that the file is missing or empty.
     """
-    rows = [_example(path, line, record) for line, record in _records(path)]
+    rows = [_example(path, line, record) for line, record in _records(path, digest)]
     if not rows:
         raise BadDataset(f"{path} has no rows")
     return rows
 
 
-def read_prompts(path: Path) -> list[str | tuple[Message, ...]]:
+def read_prompts(path: Path, digest: Digest | None = None) -> list[str | tuple[Message, ...]]:
     """All prompts of a file of {"prompt": text} or {"messages": [...]} rows.
 
-    Errors: `BadDataset` as for `read_examples`.
+    `digest` and errors: as for `read_examples`.
     """
     prompts: list[str | tuple[Message, ...]] = []
-    for line, record in _records(path):
+    for line, record in _records(path, digest):
         if isinstance(record.get("prompt"), str):
             prompts.append(record["prompt"])
         elif "messages" in record:
@@ -59,10 +66,12 @@ def read_prompts(path: Path) -> list[str | tuple[Message, ...]]:
     return prompts
 
 
-def _records(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+def _records(path: Path, digest: Digest | None) -> Iterator[tuple[int, dict[str, Any]]]:
     try:
         with open(path, "rb") as f:
             for number, raw in enumerate(f, 1):
+                if digest is not None:
+                    digest.update(raw)
                 if raw.strip():
                     yield number, _record(path, number, raw)
     except OSError as error:

@@ -8,47 +8,33 @@ import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from executor import ui
-from executor.adapters import add_adapters
 from executor.batches import Collator, Examples, RandomTokens, split
 from executor.checkpoints import last_whole
 from executor.continuity import go_on_as
-from executor.engines import Loaded
 from executor.examples import prepare
 from executor.files import publish_folder
 from executor.measure import MomentMeter, tensor_bytes, watch_training
-from executor.options import RunOptions
-from executor.output import OutputDirectory
 from executor.packing import pack, refuse_mixing
 from executor.rows import Row
 from executor.stopping import StopRequest
+from executor.task import Look, Task
 from executor.trainer import RunCallback, RunTrainer, TrainingRecord, read_progress
 from executor.training_arguments import choose_loss, training_arguments
-from planner.types import Strategy, Workload
-
-if TYPE_CHECKING:
-    import torch
+from planner.exact.adapters import add_adapters
 
 REHEARSAL_STEPS = 4
 PAD_MULTIPLE = {"cpu": 32, "cuda": 8}
 
 
 @dataclass(kw_only=True)
-class Training:
+class Training(Task):
     """What is needed to train one loaded candidate."""
 
-    loaded: Loaded
-    workload: Workload
-    strategy: Strategy
-    options: RunOptions
-    output: OutputDirectory
-    device: torch.device
-    meter: MomentMeter
-    stop: StopRequest
     rows: Sequence[Row] = ()
-    after_first_step: Any = None
+    after_first_step: Look | None = None
 
 
 @dataclass(kw_only=True)

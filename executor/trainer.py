@@ -22,6 +22,7 @@ from executor.examples import IGNORED
 from executor.files import publish_folder, write_atomically
 from executor.measure import MomentMeter, tensor_bytes
 from executor.stopping import StopRequest
+from executor.task import Look
 
 if TYPE_CHECKING:
     import torch
@@ -46,8 +47,7 @@ class TrainingRecord:
     optimizer_bytes: int = 0
     """Optimizer state on the device; managed memory is apart."""
     managed_bytes: int = 0
-    after_first_step: Any = None
-    """Called once the first step is done, when every kernel has been loaded."""
+    after_first_step: Look | None = None
 
 
 class RunTrainer(Trainer):
@@ -164,6 +164,10 @@ class RunCallback(TrainerCallback):
         self._saved = time.monotonic()
         self._began = 0.0
 
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Make up for an evaluation that a stop did not wait for."""
+        self._evaluate_if_due(state, args)
+
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Start the step's clock."""
         self._began = time.monotonic()
@@ -188,8 +192,8 @@ class RunCallback(TrainerCallback):
             self._measure_optimizer()
             if record.after_first_step is not None:
                 record.after_first_step()
-        if self._evaluates_after(state, args):
-            record.evaluations.append((state.global_step, trainer.held_out_loss()))
+        if not self._stop.requested or state.global_step >= state.max_steps:
+            self._evaluate_if_due(state, args)
         self._steps.update(state.global_step, self._figures(loss, tokens))
         if time.monotonic() - self._saved >= SAVE_AFTER_SECONDS:
             control.should_save = True
@@ -197,10 +201,12 @@ class RunCallback(TrainerCallback):
             control.should_save = control.should_training_stop = True
         return control
 
-    def _evaluates_after(self, state: Any, args: Any) -> bool:
+    def _evaluate_if_due(self, state: Any, args: Any) -> None:
         """With each checkpoint that is due by its step, and with the last."""
-        due = state.global_step % args.save_steps == 0 or state.global_step >= state.max_steps
-        return due and self._trainer.eval_dataset is not None and not self._stop.requested
+        step, found = state.global_step, self._trainer.record.evaluations
+        due = step > 0 and (step % args.save_steps == 0 or step >= state.max_steps)
+        if due and self._trainer.eval_dataset is not None and (not found or found[-1][0] < step):
+            found.append((step, self._trainer.held_out_loss()))
 
     def _figures(self, loss: float, tokens: int) -> str:
         record = self._trainer.record

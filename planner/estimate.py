@@ -53,7 +53,7 @@ from planner.types import (
     Workload,
 )
 from planner.verdict import judge
-from profiles.architecture import architecture
+from profiles.architecture import loaded_architecture
 from profiles.arithmetic import parameter_count
 from profiles.schema import Architecture, Linear, ModelProfile
 
@@ -127,7 +127,7 @@ def estimate(
 
 
 def _architecture(model: ModelProfile) -> Architecture:
-    return architecture(model.config)
+    return loaded_architecture(model.config)
 
 
 architecture_of = identity_cache(_architecture)

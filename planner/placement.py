@@ -134,7 +134,7 @@ def outer_modules(arch: Architecture) -> list[str]:
     names += [f"{base}.rotary_emb"] if any(layer.attention.rope for layer in arch.kinds) else []
     names += [arch.final_norm.name] if arch.final_norm else []
     names += [item.name for item in arch.linears]
-    names += [item.name.rsplit(".", 1)[0] for item in arch.parameters]
+    names += [item.name.rsplit(".", 1)[0] for item in arch.parameters if item.persistent]
     names += [_beside(arch.layers_path, name) for tower in arch.towers for name in _tensors(tower)]
     names += [_head(arch)]
     return list(dict.fromkeys(names))

@@ -35,8 +35,20 @@ def architecture(config: Mapping[str, Any]) -> Architecture:
     return describe(config)[0]
 
 
-def describe(config: Mapping[str, Any]) -> tuple[Architecture, Facts]:
-    """`architecture(config)` together with the facts read for it (`used`, `defaulted`)."""
+def loaded_architecture(config: Mapping[str, Any]) -> Architecture:
+    """The tensors that `AutoModelForCausalLM` makes of a config: of some models around a language model
+    (Qwen3.5, Llama 4) only the text model, under its own module paths.
+
+    Errors: `BadConfig`, as `architecture`.
+    """
+    return describe(config, loaded=True)[0]
+
+
+def describe(config: Mapping[str, Any], loaded: bool = False) -> tuple[Architecture, Facts]:
+    """`architecture(config)` together with the facts read for it (`used`, `defaulted`).
+
+    `loaded`: as `AutoModelForCausalLM` builds it.
+    """
     if not isinstance(config, Mapping):
         raise BadConfig(f"a config is a JSON object, not {shown(config)}")
     model_type = model_type_of(config)
@@ -46,6 +58,7 @@ def describe(config: Mapping[str, Any]) -> tuple[Architecture, Facts]:
     facts = Facts(config, model_type, traits=traits)
     scope = Evaluator(facts, traits.get("let", {}))
     part = traits.get("text")
+    towers = traits.get("towers", {})
     inner: Mapping[str, Any] | None = None
     if part is None:
         built = _text_model(scope, traits, traits.get("base", "model"))
@@ -54,11 +67,14 @@ def describe(config: Mapping[str, Any]) -> tuple[Architecture, Facts]:
         inner = text.facts.config
         scope.scopes["text"] = text
         text.scopes["outer"] = scope
-        built = _text_model(text, {**text_traits, **part}, part["base"])
+        if loaded and "causal_lm" in part:
+            built, towers = _text_model(text, text_traits, part["causal_lm"]), {}
+        else:
+            built = _text_model(text, {**text_traits, **part}, part["base"])
     built = msgspec.structs.replace(
         built,
         model_type=model_type,
-        towers=build_towers(scope, traits.get("towers", {})),
+        towers=build_towers(scope, towers),
         dtype=published_dtype(config, inner),
         pretrained_quantization=published_quantization(config),
     )

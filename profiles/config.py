@@ -72,7 +72,8 @@ def config_facts(config: Mapping[str, Any]) -> tuple[Architecture, dict[str, Any
     check_value("architectures", config.get("architectures"), "texts?")
     kept: dict[str, Any] = {"model_type": arch.model_type}
     kept |= {name: config[name] for name in _KEPT if config.get(name) is not None}
-    _nest(kept, config, read.used)
+    # whether the text model alone ties its head is asked of its own config
+    _nest(kept, config, read.used | describe(config, loaded=True)[1].used)
     kept = _in_order(kept, config)
     if arch.pretrained_quantization is not None:
         kept["quantization_config"] = {"quant_method": arch.pretrained_quantization}

@@ -107,12 +107,16 @@ class LayerScope(Evaluator):
 
 
 def linears(scope: Evaluator, section: Mapping[str, Any]) -> tuple[Linear, ...]:
-    """`name: [inputs, outputs, bias, transposed]` entries as `Linear`; the last two default to no."""
+    """`name: [inputs, outputs, bias, transposed, {options}]` entries as `Linear`; bias and transposed
+    default to no, the option `quantized` to yes."""
     found = []
-    for name, entry, at in scope.entries(section):
+    for name, stated, at in scope.entries(section):
+        options = stated[-1] if isinstance(stated[-1], dict) else {}
+        entry = [item for item in stated if not isinstance(item, dict)]
         bias = bool(at.value(entry[2])) if len(entry) > 2 else False
         transposed = bool(entry[3]) if len(entry) > 3 else False
-        found.append(Linear(name, at.size(entry[0]), at.size(entry[1]), bias, transposed))
+        quantized = bool(at.value(options.get("quantized", True)))
+        found.append(Linear(name, at.size(entry[0]), at.size(entry[1]), bias, transposed, quantized))
     return tuple(found)
 
 
@@ -133,10 +137,11 @@ def norm(scope: Evaluator, name: str, entry: list[Any]) -> Norm:
 
 
 def parameters(scope: Evaluator, section: Mapping[str, Any]) -> tuple[Parameter, ...]:
-    """`name: [dim, ..., {options}]` entries as `Parameter`; options are `float32` and `buffer`."""
+    """`name: [dim, ..., {options}]` entries as `Parameter`; options are those of `profiles.schema`."""
     found = []
     for name, entry, at in scope.entries(section):
         options = entry[-1] if entry and isinstance(entry[-1], dict) else {}
         shape = tuple(at.size(dim) for dim in entry if not isinstance(dim, dict))
-        found.append(Parameter(name, shape, bool(options.get("float32")), bool(options.get("buffer"))))
+        float32, buffer, boolean = (bool(options.get(key)) for key in ("float32", "buffer", "boolean"))
+        found.append(Parameter(name, shape, float32, buffer, options.get("persistent", True), boolean))
     return tuple(found)

@@ -30,6 +30,9 @@ class Linear(Struct, frozen=True):
     bias: bool = False
     transposed: bool = False
     """The weight is stored inputs x outputs (GPT-2's `Conv1D`), which bitsandbytes and peft treat alike."""
+    quantized: bool = True
+    """False where bitsandbytes leaves it in the compute dtype: transformers replaces exactly `nn.Linear` and
+    `Conv1D`, no subclass of theirs (Falcon's), and nothing that `_keep_in_fp32_modules` names."""
 
     @property
     def parameters(self) -> int:
@@ -46,6 +49,10 @@ class Parameter(Struct, frozen=True):
     """Kept in float32 by transformers whatever dtype is asked for (`_keep_in_fp32_modules`)."""
     buffer: bool = False
     """A registered buffer: takes memory, is not counted as a parameter."""
+    persistent: bool = True
+    """False for a buffer that is worked out anew and in no checkpoint (a causal mask, a table of sines)."""
+    boolean: bool = False
+    """One byte an element, whatever the dtype."""
 
     @property
     def parameters(self) -> int:

@@ -43,7 +43,8 @@ def _own(
     for norm in norms:
         yield from norm_tensors(norm)
     for parameter in parameters:
-        yield parameter.name, parameter.shape
+        if parameter.persistent:
+            yield parameter.name, parameter.shape
 
 
 def _experts(experts: Experts) -> Iterator[Tensor]:
@@ -82,7 +83,7 @@ def tower_tensors(tower: Tower) -> Iterator[Tensor]:
 
 
 def named_tensors(arch: Architecture) -> Iterator[Tensor]:
-    """Name and shape of every parameter and buffer, in module order where the architecture keeps it."""
+    """Name and shape of every tensor of a checkpoint, in module order where the architecture keeps it."""
     yield from _own((), (), arch.embeddings)
     for i, kind in enumerate(arch.order):
         for name, shape in layer_tensors(arch.kinds[kind]):

@@ -22,10 +22,10 @@ sys.path.insert(0, str(HERE.parents[1]))
 
 import torch  # noqa: E402  after the workspace is set
 
-from executor.adapters import add_adapters  # noqa: E402
 from executor.engines import LoadRequest, resident, stream  # noqa: E402
 from executor.source import ModelSource  # noqa: E402
 from planner.estimate import estimate  # noqa: E402
+from planner.exact.adapters import add_adapters  # noqa: E402
 from planner.machine import machine_from_gpus  # noqa: E402
 from planner.types import Candidate, Quant, Strategy, Workload  # noqa: E402
 from profiles.catalogue import load_model  # noqa: E402

@@ -17,8 +17,8 @@ from typing import Any
 import torch
 
 from planner.errors import BadConfig
+from planner.exact.adapters import add_adapters
 from planner.exact.kernels import Outliers
-from planner.memory.adapters import EXPERT_NAMES
 from planner.memory.forward import outlier_share
 from planner.types import Strategy, Workload
 
@@ -202,41 +202,9 @@ def quantization_tensors(model: Any) -> Iterator[tuple[str, torch.Tensor]]:
 
 
 def adapt(model: Any, work: Workload, how: Strategy) -> Any:
-    """peft's adapters on the model, as the executor puts them there; only they are trained."""
-    from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
-
-    if how.upcast_frozen:
-        model = prepare_model_for_kbit_training(
-            model,
-            use_gradient_checkpointing=how.gradient_checkpointing,
-            gradient_checkpointing_kwargs={"use_reentrant": False},
-        )
-    config = LoraConfig(
-        task_type="CAUSAL_LM",
-        r=work.lora_rank,
-        lora_alpha=work.lora_alpha,
-        lora_dropout=work.lora_dropout,
-        target_modules=_targets(model, work.lora_targets),
-        use_dora=work.lora_variant == "dora",
-        use_rslora=work.lora_variant == "rslora",
-    )
+    """The model with the executor's adapters on it, made on the meta device too."""
     with torch.device(META):
-        adapted = get_peft_model(model, config, autocast_adapter_dtype=work.adapter_dtype == "fp32")
-    for parameter in adapted.parameters():
-        if parameter.requires_grad and work.adapter_dtype == "bf16":
-            parameter.data = parameter.data.to(torch.bfloat16)
-    return adapted
-
-
-def _targets(model: Any, wanted: str) -> str | list[str]:
-    fused = any(p.dim() == 3 and ".experts." in name for name, p in model.named_parameters())
-    if wanted == "all-linear" and not fused:
-        return "all-linear"
-    head = model.get_output_embeddings()
-    names = [n for n, m in model.named_modules() if isinstance(m, torch.nn.Linear) and m is not head]
-    if wanted == "attention":
-        names = [n for n in names if any("attn" in part or "attention" in part for part in n.split(".")[:-1])]
-    return [n for n in names if not (fused and n.rsplit(".", 1)[-1] in EXPERT_NAMES)]
+        return add_adapters(model, work, how)
 
 
 @contextlib.contextmanager

@@ -1,8 +1,7 @@
 """Other ends of a model than transformers' own: liger's kernels, and the executor's loss in chunks.
 
 liger's Python code is run as it stands; only the launches of its Triton kernels, which work on memory that is
-not there, do nothing. The loss in chunks repeats what `executor.losses` does, statement by statement; a test
-holds the two against each other.
+not there, do nothing.
 """
 
 from __future__ import annotations
@@ -13,13 +12,9 @@ from collections.abc import Iterator
 from typing import Any
 from unittest import mock
 
-import torch
-
 from planner.errors import BadOption
+from planner.exact.chunked_loss import chunked_loss
 from planner.types import Strategy
-
-CHUNK = 512
-"""Tokens whose logits exist at once (executor.losses)."""
 
 
 def ending(model: Any, how: Strategy, notes: list[str]) -> contextlib.AbstractContextManager[None]:
@@ -66,52 +61,3 @@ def liger_kernels(model: Any) -> Iterator[None]:
 
 def _nothing(*_: Any, **__: Any) -> None:
     """A kernel launch without a card."""
-
-
-@contextlib.contextmanager
-def chunked_loss(model: Any) -> Iterator[None]:
-    """Within, the output projection hands hidden states through and the loss projects them in chunks."""
-    head = model.get_output_embeddings()
-    text = model.config.get_text_config()
-    softcap = getattr(text, "final_logit_softcapping", None)
-    project = head.forward
-    previous = model.loss_function
-
-    def loss(logits: torch.Tensor, labels: torch.Tensor, vocab_size: int, **kwargs: Any) -> torch.Tensor:
-        return _chunks(logits, labels, project, softcap, kwargs.get("num_items_in_batch"))
-
-    if softcap is not None:
-        text.final_logit_softcapping = None
-    head.forward = lambda hidden: hidden
-    model.loss_function = loss
-    try:
-        yield
-    finally:
-        del head.forward
-        model.loss_function = previous
-        if softcap is not None:
-            text.final_logit_softcapping = softcap
-
-
-def _chunks(
-    hidden: torch.Tensor, labels: torch.Tensor, project: Any, softcap: Any, items: Any
-) -> torch.Tensor:
-    """hidden [B, S, D], labels [B, S] -> the mean loss."""
-    from torch.utils.checkpoint import checkpoint
-
-    flat = hidden[:, :-1].reshape(-1, hidden.shape[-1])
-    targets = labels[:, 1:].reshape(-1)
-
-    def part(states: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
-        logits = project(states).float()
-        if softcap is not None:
-            logits = torch.tanh(logits / softcap) * softcap
-        return torch.nn.functional.cross_entropy(logits, wanted, ignore_index=-100, reduction="sum")
-
-    total = torch.zeros((), dtype=torch.float32, device=hidden.device)
-    for start in range(0, flat.shape[0], CHUNK):
-        chunk = slice(start, start + CHUNK)
-        total = total + checkpoint(part, flat[chunk], targets[chunk], use_reentrant=False)
-    if items is None:
-        items = (targets != -100).sum().clamp(min=1)
-    return total / items

@@ -16,7 +16,7 @@ from profiles.schema import Architecture, Linear
 
 EXPERT_NAMES = frozenset({"gate", "gate_proj", "up_proj", "down_proj", "w1", "w2", "w3"})
 """Where experts are fused, peft reads these names as the experts' 3-D parameters, which cannot have dropout:
-linears called so are left alone there (executor/adapters.py)."""
+linears called so are left alone there (planner/exact/adapters.py)."""
 
 
 def fuses_experts(arch: Architecture) -> bool:

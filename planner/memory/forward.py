@@ -41,7 +41,7 @@ def linear(tape: Tape, p: Pass, x: Tensor, spec: Linear, outliers: float = 0.0) 
 def _base(tape: Tape, p: Pass, x: Tensor, spec: Linear, t: int, outliers: float) -> Tensor:
     n = t * spec.outputs * p.width
     weight = spec.inputs * spec.outputs * p.width
-    if p.quant == "nf4":
+    if p.quant == "nf4" and spec.quantized:
         y = x
         if p.stream != p.width:  # Linear4bit casts its input to the compute dtype and its output back
             y = tape.op((x,), t * spec.inputs * p.width)
@@ -55,7 +55,7 @@ def _base(tape: Tape, p: Pass, x: Tensor, spec: Linear, t: int, outliers: float)
             tape.free(out)
             out = wide
         return out
-    if p.quant == "int8":
+    if p.quant == "int8" and spec.quantized:
         return _int8(tape, p, x, spec, t, outliers)
     if p.full:
         w = tape.parameter(spec.parameters * p.width, True)

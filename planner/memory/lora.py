@@ -10,11 +10,12 @@ from profiles.schema import Linear
 def lora(tape: Tape, p: Pass, x: Tensor, base: Tensor, spec: Linear, t: int) -> Tensor:
     wide_out = base.bytes
     result = base
-    if p.quant == "nf4":
+    packed = p.quant != "none" and spec.quantized
+    if p.quant == "nf4" and spec.quantized:
         result = tape.op((base,), wide_out)  # peft clones a 4-bit layer's result
         tape.free(base)
     source, owned = x, False
-    if (p.quant == "none" and p.adapter_width != p.width) or (not p.autocast and p.adapter_width != p.width):
+    if (not packed and p.adapter_width != p.width) or (not p.autocast and p.adapter_width != p.width):
         # peft casts the input to the adapters' dtype; x stays bound until the layer returns
         source, owned = tape.op((x,), t * spec.inputs * p.adapter_width), True
     dropped = source

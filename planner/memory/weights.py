@@ -60,12 +60,13 @@ def quantized_linear(n: int, rows: int, quant: str, width: int) -> int:
 def linear_bytes(spec: Linear, quant: str, width: int) -> int:
     """Weight and bias of one linear."""
     bias = rounded(spec.outputs * width) if spec.bias else 0
+    quant = quant if spec.quantized else "none"
     return quantized_linear(spec.inputs * spec.outputs, spec.outputs, quant, width) + bias
 
 
 def parameter_bytes(spec: Parameter, width: int) -> int:
     """A tensor that is never quantized."""
-    return rounded(spec.elements * (4 if spec.float32 else width))
+    return rounded(spec.elements * (1 if spec.boolean else 4 if spec.float32 else width))
 
 
 def norm_bytes(spec: Norm, width: int) -> int:
@@ -142,7 +143,9 @@ def weight_bytes(arch: Architecture, quant: str, quant_experts: str, dtype: str)
         embeddings=sum(parameter_bytes(item, width) for item in arch.embeddings),
         head=rounded(arch.head.parameters * width) if arch.head else 0,
         other=other,
-        largest_unquantized=max((item.inputs * item.outputs * width for item in linears), default=0),
+        largest_unquantized=max(
+            (item.inputs * item.outputs * width for item in linears if item.quantized), default=0
+        ),
         largest_fused=max(stacks, default=0),
     )
 

@@ -59,7 +59,7 @@ def make_plan(
 ) -> Path:
     """Write a plan with one candidate per strategy; the first has rank 1."""
     config = json.loads((model / "config.json").read_text())
-    candidates = tuple(_candidate(rank, s) for rank, s in enumerate(strategies, 1))
+    candidates = tuple(candidate(rank, s) for rank, s in enumerate(strategies, 1))
     facts = {"id": model.name, "parameters": 1, "path": str(model), "config": config, **model_facts}
     plan = Plan(
         model=PlanModel(**facts), stack=STACK, machine=Machine(), workload=workload, candidates=candidates
@@ -68,7 +68,8 @@ def make_plan(
     return path
 
 
-def _candidate(rank: int, strategy: Strategy) -> Candidate:
+def candidate(rank: int, strategy: Strategy) -> Candidate:
+    """A candidate on the CPU, with an estimate that predicts next to nothing."""
     estimate = Estimate(
         model=ModelRef("tiny", 1),
         stack=STACK,
@@ -98,8 +99,9 @@ def strategy(**changes: Any) -> Strategy:
 
 def environment(**changes: str) -> dict[str, str]:
     """The environment of a command: the same number of threads everywhere, since the order of a sum's terms,
-    and so the last bits of every result, depends on it."""
-    return {**os.environ, "HF_HUB_OFFLINE": "1", "NO_COLOR": "1", "OMP_NUM_THREADS": "2", **changes}
+    and so the last bits of every result, depends on it. One: two threads wait for each other by spinning, and
+    on busy cores a run of seconds takes minutes."""
+    return {**os.environ, "HF_HUB_OFFLINE": "1", "NO_COLOR": "1", "OMP_NUM_THREADS": "1", **changes}
 
 
 def executor(*args: Any, timeout: float = 120, **env: str) -> subprocess.CompletedProcess[str]:

@@ -12,6 +12,7 @@ import pytest
 from conftest import make_plan, strategy
 
 from executor.cli import main
+from executor.ladder import forget_frames
 from executor.memory_errors import Shortage, is_out_of_memory, shortage
 from executor.output import OutputDirectory
 from executor.predicted_lines import lines_at
@@ -34,6 +35,33 @@ def out_of_memory(asked: int = 100, free: int = 50, allocated: int = 900, allowe
 
     cap = "" if allowed is None else f"{allowed}.00 MiB allowed; "
     return torch.OutOfMemoryError(CUDA.format(asked=asked, free=free, allocated=allocated, allowed=cap))
+
+
+def test_frames_of_every_linked_error_are_let_go_of() -> None:
+    """An error that was raised while another was handled keeps the other's frames too, however far back."""
+    kept = []
+
+    def fails(depth: int) -> None:
+        tensor = Held()
+        kept.append(weakref.ref(tensor))
+        try:
+            raise MemoryError if depth == 0 else RuntimeError
+        except (MemoryError, RuntimeError):
+            if depth < 3:
+                fails(depth + 1)
+            raise KeyError from None
+
+    try:
+        fails(0)
+    except KeyError as error:
+        assert all(ref() is not None for ref in kept) and len(kept) == 4
+        forget_frames(error)
+        gc.collect()
+        assert all(ref() is None for ref in kept)
+
+
+class Held:
+    """Stands for a tensor in the locals of a function."""
 
 
 # --------------------------------------------------------------------------- what was too small

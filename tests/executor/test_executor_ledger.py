@@ -12,10 +12,12 @@ import pytest
 pytest.importorskip("torch")
 
 from conftest import make_plan, strategy
+from msgspec.structs import replace
 
 from executor import cli
 from executor.ledger import append
 from planner import cli as planner
+from planner.estimate import normal
 from planner.inspect.ledger import ledger_file, read_ledger
 from planner.inspect.system import System
 from planner.ledger import Entry, Figures, line_of
@@ -153,6 +155,19 @@ def _planner_shows_it(tiny: Path, job: list[str], kept: Entry, folder: Path, cap
     assert plans[0]["ledger_hash"] == plans[1]["ledger_hash"] is not None and plans[2]["ledger_hash"] is None
     assert plans[0]["candidates"][0]["estimate"]["measured_here"]["runs"] == 1
     assert "measured here:" in capsys.readouterr().out
+
+
+@pytest.mark.executor
+def test_a_smaller_batch_than_planned_is_remembered_as_what_it_was(tmp_path: Path, tiny: Path) -> None:
+    work = Workload(prompt_tokens=48, new_tokens=4, batch_size=2, concurrency=2)
+    plan = make_plan(tmp_path / "plan.json", tiny, work, strategy(dtype="fp32"))
+    for name, prompts in (("one", 1), ("all", 4)):
+        asked = ["run", plan, *(["--prompt", "x"] * prompts), "--greedy", "--output", tmp_path / name]
+        assert cli.main([str(argument) for argument in asked]) == 0
+    one, whole = entries()
+    assert one.workload == replace(whole.workload, batch_size=1, concurrency=1)
+    assert one.predicted == Figures() and one.measured.decode_tokens_per_s
+    assert whole.workload == normal(work) and whole.predicted.ram_bytes == 10**9
 
 
 @pytest.mark.executor

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 import torch
 
-from executor import losses
 from executor.losses import chunked_loss
+from planner.exact import chunked_loss as chunks
 
 pytestmark = pytest.mark.executor
 
@@ -44,7 +44,7 @@ def loss_and_gradients(model: Any, items: int | None) -> tuple[Any, dict[str, An
 )
 @pytest.mark.parametrize("items", [None, 40])
 def test_equals_the_full_loss(monkeypatch: Any, kind: str, extra: dict[str, Any], items: int | None) -> None:
-    monkeypatch.setattr(losses, "CHUNK", 7)
+    monkeypatch.setattr(chunks, "CHUNK", 7)
     model = make(kind, **extra)
     full, full_gradients = loss_and_gradients(model, items)
     with chunked_loss(model):
@@ -60,7 +60,7 @@ def test_equals_the_full_loss(monkeypatch: Any, kind: str, extra: dict[str, Any]
 
 
 def test_logits_of_the_whole_batch_never_exist(monkeypatch: Any, tiny: Path) -> None:
-    monkeypatch.setattr(losses, "CHUNK", 5)
+    monkeypatch.setattr(chunks, "CHUNK", 5)
     model = make("llama")
     rows: list[int] = []
     head = model.lm_head.forward

@@ -16,7 +16,8 @@ import torch
 from conftest import make_plan, strategy
 
 from executor.cli import main
-from executor.merge_write import INDEX, read_shards
+from executor.merge_write import read_shards
+from executor.weights import INDEX
 from planner.types import Workload
 
 pytestmark = pytest.mark.executor

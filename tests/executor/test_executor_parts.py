@@ -5,16 +5,20 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 import torch
-from conftest import strategy
+from conftest import candidate, strategy
 
-from executor.adapters import target_modules
+from executor.device import check_abilities
+from executor.errors import CannotHonour
 from executor.load import attention_for, load_model, make_config
 from executor.measure import HostSampler, MomentMeter, resident_bytes, tensor_bytes
 from executor.memory_errors import is_out_of_memory
 from executor.random_weights import LazyTensor, lazy_state_dict
 from executor.source import ModelSource
+from planner.exact.adapters import target_modules
+from planner.types import Workload
 
 pytestmark = pytest.mark.executor
 SMALL = {
@@ -138,3 +142,22 @@ def test_weights_of_another_shape_are_refused(tiny: Path) -> None:
         find_weights(PlanModel(id="t", parameters=1, path=str(tiny / "no")), offline=True)
     with pytest.raises(BadWeights, match="names no weights"):
         find_weights(PlanModel(id="t", parameters=1), offline=True)
+
+
+@pytest.mark.parametrize(
+    ("work", "how", "places", "says"),
+    [
+        ({"task": "train"}, {"activation_offload": True}, {"": "cpu"}, "activation offload"),
+        ({"task": "train", "method": "full"}, {"dtype": "fp16"}, {"": "cpu"}, "cannot scale"),
+        ({}, {"quant_experts": "nf4"}, {"": "cpu"}, "quantized experts"),
+        ({}, {"speculate": "lookup"}, {"": "cpu"}, "speculation"),
+        ({}, {}, {"model": 0, "lm_head": 99}, "over cards 0, 99"),
+    ],
+)
+def test_what_nothing_here_carries_out_is_refused(
+    work: dict[str, Any], how: dict[str, Any], places: dict[str, Any], says: str
+) -> None:
+    asked = msgspec.structs.replace(candidate(1, strategy(**how)), device_map=places)
+    with pytest.raises(CannotHonour, match=says):
+        check_abilities(asked, Workload(**work), CPU)
+    check_abilities(candidate(1, strategy()), Workload(**work), CPU)

@@ -36,7 +36,7 @@ FIGURES = {
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """Measurements that take no time, on a machine without a card."""
 
-    def steps(device: Any, driver: str | None, folder: Path) -> Iterator[Any]:
+    def steps(device: Any, folder: Path) -> Iterator[Any]:
         for name, value in FIGURES.items():
             yield name, lambda r, name=name, value=value: replace(r, **{name: value})
 
@@ -101,7 +101,7 @@ def test_inspect_shows_the_probe_and_a_new_one_replaces_it(quick: None, tmp_path
 
 
 def test_without_a_card_only_processor_and_disk_are_measured(tmp_path: Path) -> None:
-    assert [name for name, _ in probing.probe_steps(None, None, tmp_path)] == [
+    assert [name for name, _ in probing.probe_steps(None, tmp_path)] == [
         "matrix products on the CPU",
         "disk",
     ]
@@ -155,7 +155,7 @@ def failing(error: Exception) -> Callable[..., Iterator[Any]]:
     def step(result: ProbeResult) -> ProbeResult:
         raise error
 
-    def steps(device: Any, driver: str | None, folder: Path) -> Iterator[Any]:
+    def steps(device: Any, folder: Path) -> Iterator[Any]:
         yield "first", lambda r: replace(r, launch_seconds=1e-6)
         yield "second", step
         yield "third", lambda r: replace(r, disk_read_bytes_per_s=10**9)

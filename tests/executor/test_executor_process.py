@@ -73,6 +73,7 @@ BAD: list[tuple[list[Any], str]] = [
     (["run", "train.json", "--dataset", "missing.jsonl"], "missing.jsonl"),
     (["run", "train.json", "--dataset", "d.jsonl", "--learning-rate", "nan"], "--learning-rate"),
     (["rehearse", "train.json", "--max-steps", "0"], "--max-steps"),
+    (["rehearse", "train.json", "--seed", str(2**32)], "between 0 and 4294967295"),
 ]
 
 

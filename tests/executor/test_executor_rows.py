@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import os
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from executor.errors import BadDataset
+from executor.inputs import read_inputs
+from executor.options import RunOptions
 from executor.rows import read_examples, read_prompts
+from planner.types import Workload
 
 ANSWERED = {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}
 
@@ -75,3 +80,15 @@ def test_prompts(tmp_path: Path) -> None:
     assert prompts[0] == "p" and prompts[1] == tuple(ANSWERED["messages"])
     with pytest.raises(BadDataset, match="line 1"):
         read_prompts(write(tmp_path / "d", {"text": "x"}))
+
+
+def test_a_pipe_is_read_once_and_known_by_what_came_through_it(tmp_path: Path) -> None:
+    """As a shell's `<(...)` gives it: read a second time it is empty, so that all would look alike."""
+    content = write(tmp_path / "d", {"prompt": "p"}).read_bytes()
+    reading, writing = os.pipe()
+    os.write(writing, content)
+    os.close(writing)
+    options = RunOptions(plan=tmp_path / "plan.json", prompts_file=Path(f"/dev/fd/{reading}"))
+    found = read_inputs(Workload(task="infer"), options)
+    os.close(reading)
+    assert found.prompts == ("p",) and found.digest == hashlib.sha256(content).hexdigest()

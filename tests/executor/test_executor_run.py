@@ -198,7 +198,9 @@ def test_greedy_batch_equals_greedy_alone_in_fp32(tmp_path: Path, tiny: Path) ->
     assert outputs(tmp_path / "o")[0]["text"] == outputs(tmp_path / "p")[0]["text"]
 
 
-def test_interrupted_generation_goes_on_with_the_same_draws(tmp_path: Path, tiny: Path) -> None:
+@pytest.mark.parametrize("left", [2, 3])
+def test_interrupted_generation_goes_on_with_the_same_draws(tmp_path: Path, tiny: Path, left: int) -> None:
+    """Also where a failing disk has spoilt a line in the middle of a batch of two."""
     plan = infer_plan(tmp_path, tiny)
     rows = [{"prompt": f"question {i}"} for i in range(5)]
     file = tmp_path / "prompts.jsonl"
@@ -207,7 +209,7 @@ def test_interrupted_generation_goes_on_with_the_same_draws(tmp_path: Path, tiny
     assert run(*sampled, tmp_path / "whole") == 0
     assert run(*sampled, tmp_path / "cut") == 0
     lines = (tmp_path / "cut" / "outputs.jsonl").read_text().splitlines(keepends=True)
-    (tmp_path / "cut" / "outputs.partial.jsonl").write_text("".join(lines[:2]))
+    (tmp_path / "cut" / "outputs.partial.jsonl").write_text("".join(lines[:left]))
     for name in ("outputs.jsonl", "report.json"):
         (tmp_path / "cut" / name).unlink()
     assert run(*sampled, tmp_path / "cut") == 0

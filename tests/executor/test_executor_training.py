@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import shutil
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -91,6 +93,40 @@ def test_resumed_runs_end_with_the_bytes_of_unbroken_ones(
         same = (tmp_path / "whole" / result).read_bytes() == (part / result).read_bytes()
         assert same, f"resumed from step {step}"
         assert resumed["notes"] == first["notes"]
+
+
+@pytest.mark.parametrize("step", [6, 8])
+def test_a_stop_loses_no_evaluation(tmp_path: Path, small: Path, monkeypatch: Any, step: int) -> None:
+    """Neither of a step at which it comes instead of the evaluation, nor of the last."""
+    from executor.trainer import RunTrainer
+
+    plan = plan_of(tmp_path, small, {"lora_dropout": 0.3}, {})
+    more = ("--eval-split", 0.4, "--max-steps", 8, "--save-steps", 3)
+    whole = run(plan, small, tmp_path / "whole", *more)
+    take_step = RunTrainer.take_step
+
+    def stopping(trainer: RunTrainer) -> tuple[float, int]:
+        if trainer.state.global_step == step:
+            os.kill(os.getpid(), signal.SIGINT)
+        return take_step(trainer)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(RunTrainer, "take_step", stopping)
+        asked = [
+            "run",
+            plan,
+            "--dataset",
+            small / "data.jsonl",
+            "--output",
+            tmp_path / "o",
+            "--seed",
+            1,
+            *more,
+        ]
+        assert main([str(argument) for argument in asked]) == (130 if step < 8 else 0)
+    again = run(plan, small, tmp_path / "o", *more)
+    assert [entry["step"] for entry in whole["evaluations"]] == [3, 6, 8]
+    assert again["evaluations"] == whole["evaluations"] and again["losses"] == whole["losses"]
 
 
 def test_a_resumed_run_takes_the_threads_of_the_first(tmp_path: Path) -> None:

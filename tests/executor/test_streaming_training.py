@@ -12,12 +12,12 @@ pytest.importorskip("torch")
 import torch
 from streaming_models import request, write_model
 
-from executor.adapters import add_adapters
 from executor.engines import resident, stream
 from executor.errors import CannotHonour
 from executor.source import ModelSource
 from executor.streaming import linears
 from executor.streaming.schedule import Copy, Schedule
+from planner.exact.adapters import add_adapters
 
 pytestmark = pytest.mark.executor
 MODES = ("none", "reentrant", "non-reentrant")

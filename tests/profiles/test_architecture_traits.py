@@ -21,6 +21,7 @@ PLAIN = {
     "like",
     "path",
     "base",
+    "causal_lm",
     "layers_path",
     "field",
     "type",

@@ -41,7 +41,7 @@ def test_trainable_parameters(model_type: str, targets: str, variant: str) -> No
     pytest.importorskip("peft")
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    from executor.adapters import add_adapters
+    from planner.exact.adapters import add_adapters
 
     config = AutoConfig.for_model(model_type, **{**SHAPE, **MODELS[model_type]})
     work = Workload(task="train", method="lora", lora_targets=targets, lora_variant=variant, lora_rank=4)

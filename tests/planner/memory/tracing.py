@@ -114,7 +114,7 @@ def build(case: Case) -> tuple[torch.nn.Module, Architecture]:
 
 def adapt(model: torch.nn.Module) -> torch.nn.Module:
     """The module with LoRA of rank 8 on every linear, as the executor puts it there."""
-    from executor.adapters import add_adapters
+    from planner.exact.adapters import add_adapters
 
     return add_adapters(model, Workload(task="train", method="lora", lora_dropout=0.0), Strategy())
 

@@ -1,12 +1,16 @@
-"""Low-rank adapters on a loaded model, as peft makes them."""
+"""Low-rank adapters on a model, as peft makes them: the executor trains them, the tracer follows them.
+
+One piece of code for both, so that what is predicted is what runs.
+"""
 
 from __future__ import annotations
 
 from typing import Any
 
-from planner.types import Strategy, Workload
+import torch
 
-_EXPERT_NAMES = {"gate", "gate_proj", "up_proj", "down_proj", "w1", "w2", "w3"}
+from planner.memory.adapters import EXPERT_NAMES
+from planner.types import Strategy, Workload
 
 
 def add_adapters(model: Any, workload: Workload, strategy: Strategy) -> Any:
@@ -14,7 +18,6 @@ def add_adapters(model: Any, workload: Workload, strategy: Strategy) -> Any:
 
     Variants: LoRA (arXiv:2106.09685), DoRA (arXiv:2402.09353), rank-stabilized LoRA (arXiv:2312.03732).
     """
-    import torch
     from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
 
     if strategy.upcast_frozen:
@@ -54,7 +57,7 @@ def target_modules(model: Any, wanted: str) -> str | list[str]:
     names = _linears_of_layers(model)
     if wanted == "attention":
         names = [n for n in names if any("attn" in part or "attention" in part for part in n.split(".")[:-1])]
-    return [n for n in names if not (fused and n.rsplit(".", 1)[-1] in _EXPERT_NAMES)]
+    return [n for n in names if not (fused and n.rsplit(".", 1)[-1] in EXPERT_NAMES)]
 
 
 def _has_fused_experts(model: Any) -> bool:
@@ -62,7 +65,5 @@ def _has_fused_experts(model: Any) -> bool:
 
 
 def _linears_of_layers(model: Any) -> list[str]:
-    import torch
-
     head = model.get_output_embeddings()
     return [n for n, m in model.named_modules() if isinstance(m, torch.nn.Linear) and m is not head]
