@@ -92,9 +92,12 @@ def train_rate(outcome: Outcome) -> float | None:
 def pairs(candidate: Candidate, report: RunReport) -> dict[str, tuple[float | None, float | None]]:
     """Predicted and measured of each figure that both sides can have; None where one does not know.
 
-    What was predicted for the candidate's own engine is no prediction for one named on the command line.
+    What was predicted for the candidate's own engine and residency is no prediction for others, named on the
+    command line.
     """
     own = candidate.engine == candidate.strategy.engine
+    if candidate.engine == "stream":
+        own &= report.layers_resident == candidate.estimate.placement.layers_on_gpu
     gpus = candidate.estimate.gpus
     gpu = gpus[0] if own and gpus and report.load_bytes is not None else None
     speed = candidate.speed if own else Speed()

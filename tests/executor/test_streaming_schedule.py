@@ -6,7 +6,7 @@ import itertools
 from collections.abc import Sequence
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from executor.streaming.schedule import Copy, Schedule
@@ -69,6 +69,7 @@ def _next(visits: Sequence[int], at: int, layer: int) -> int:
     return next((i for i in range(at, len(visits)) if visits[i] == layer), len(visits))
 
 
+@settings(max_examples=60, deadline=None)
 @given(SIZES, st.lists(st.tuples(st.integers(0, 8), st.booleans(), st.booleans()), max_size=60))
 def test_any_order_finds_its_layers(sizes: tuple[int, int], visits: list[tuple[int, bool, bool]]) -> None:
     """Whatever is visited, in passes of whatever kind, released or not."""
@@ -80,6 +81,7 @@ def test_any_order_finds_its_layers(sizes: tuple[int, int], visits: list[tuple[i
             device.release()
 
 
+@settings(max_examples=60, deadline=None)
 @given(SIZES, st.booleans())
 def test_decoding_copies_each_layer_once_a_round(sizes: tuple[int, int], releases: bool) -> None:
     layers, slots = sizes
@@ -98,6 +100,7 @@ def test_decoding_copies_each_layer_once_a_round(sizes: tuple[int, int], release
             assert device.copies - before == (layers if layers > slots else 0)
 
 
+@settings(max_examples=60, deadline=None)
 @given(SIZES, st.integers(1, 4), st.booleans())
 def test_training_makes_the_fewest_copies(sizes: tuple[int, int], steps: int, again: bool) -> None:
     """Backward may visit a layer twice: once to compute it again, once for its gradients."""
@@ -113,6 +116,7 @@ def test_training_makes_the_fewest_copies(sizes: tuple[int, int], steps: int, ag
     assert device.copies == fewest_copies(visits, slots)
 
 
+@settings(max_examples=60, deadline=None)
 @given(SIZES)
 def test_last_layers_stay_at_the_turn(sizes: tuple[int, int]) -> None:
     layers, slots = sizes
@@ -124,6 +128,7 @@ def test_last_layers_stay_at_the_turn(sizes: tuple[int, int]) -> None:
     )
 
 
+@settings(max_examples=60, deadline=None)
 @given(SIZES)
 def test_first_layers_come_during_head_and_sampling(sizes: tuple[int, int]) -> None:
     layers, slots = sizes
@@ -148,6 +153,7 @@ def test_one_layer_needs_one_slot() -> None:
     assert device.copies == 1
 
 
+@settings(max_examples=60, deadline=None)
 @given(st.integers(0, 90), st.integers(1, 80))
 def test_residents_are_spread_evenly(count: int, total: int) -> None:
     chosen = sorted(spread_evenly(count, total))

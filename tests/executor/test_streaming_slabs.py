@@ -7,7 +7,7 @@ import pytest
 pytest.importorskip("torch")
 
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
@@ -22,6 +22,7 @@ DTYPES = st.sampled_from([torch.uint8, torch.int8, torch.float32, torch.bfloat16
 SHAPES = st.lists(st.integers(1, 9), max_size=3)
 
 
+@settings(max_examples=60, deadline=None)
 @given(st.lists(st.tuples(SHAPES, DTYPES, st.booleans()), min_size=1, max_size=8))
 def test_everything_comes_out_as_it_went_in(kinds: list[tuple[list[int], torch.dtype, bool]]) -> None:
     tensors = [torch.randint(0, 100, shape).to(dtype) for shape, dtype, _ in kinds]
