@@ -80,7 +80,7 @@ def parser() -> argparse.ArgumentParser:
         metavar="DIR",
         help="where to leave the files (default: a new temporary folder)",
     )
-    quick.add_argument("--debug", action="store_true", help="tracebacks and the libraries' own messages")
+    _add_debug(quick)
     quick.set_defaults(command=_quickstart)
     return top
 
@@ -91,8 +91,8 @@ def _add_probe(commands: Any) -> None:
     p.add_argument(
         "--folder", type=Path, metavar="DIR", help="test the disk of this folder (default: the current one)"
     )
-    p.add_argument("--json", action="store_true", help="print the result as JSON and nothing else on stdout")
-    p.add_argument("--debug", action="store_true", help="tracebacks and the libraries' own messages")
+    _add_json(p, "the result as JSON")
+    _add_debug(p)
     p.set_defaults(command=_probe)
 
 
@@ -102,8 +102,8 @@ def _add_report(commands: Any) -> None:
     p.add_argument(
         "run_dir", type=Path, nargs="?", metavar="RUN_DIR", help="the --output folder of a run (default: all)"
     )
-    p.add_argument("--json", action="store_true", help="print JSON and nothing else on stdout")
-    p.add_argument("--debug", action="store_true", help="tracebacks")
+    _add_json(p, "JSON")
+    _add_debug(p)
     p.set_defaults(command=_report)
 
 
@@ -115,12 +115,24 @@ def _add_merge(commands: Any) -> None:
     p.add_argument(
         "--base", type=Path, metavar="DIR", help="the base model's folder (default: where the run had it)"
     )
+    _add_remote_code(p)
+    _add_json(p, "the result as JSON")
+    _add_debug(p)
+    p.set_defaults(command=_merge)
+
+
+def _add_json(p: argparse.ArgumentParser, what: str) -> None:
+    p.add_argument("--json", action="store_true", help=f"print {what} and nothing else on stdout")
+
+
+def _add_debug(p: argparse.ArgumentParser) -> None:
+    p.add_argument("--debug", action="store_true", help="tracebacks and the libraries' own messages")
+
+
+def _add_remote_code(p: argparse.ArgumentParser) -> None:
     p.add_argument(
         "--trust-remote-code", action="store_true", help="run Python code that comes with the model"
     )
-    p.add_argument("--json", action="store_true", help="print the result as JSON and nothing else on stdout")
-    p.add_argument("--debug", action="store_true", help="tracebacks and the libraries' own messages")
-    p.set_defaults(command=_merge)
 
 
 def _add_run_options(p: argparse.ArgumentParser, rehearse: bool) -> None:
@@ -156,11 +168,9 @@ def _add_run_options(p: argparse.ArgumentParser, rehearse: bool) -> None:
         help="try even what this machine has no room for now",
     )
     p.add_argument("--restart", action="store_true", help="forget an earlier run in DIR and begin again")
-    p.add_argument(
-        "--trust-remote-code", action="store_true", help="run Python code that comes with the model"
-    )
-    p.add_argument("--json", action="store_true", help="print the report as JSON and nothing else on stdout")
-    p.add_argument("--debug", action="store_true", help="tracebacks and the libraries' own messages")
+    _add_remote_code(p)
+    _add_json(p, "the report as JSON")
+    _add_debug(p)
     _add_inference_options(p.add_argument_group("generation"), rehearse)
     _add_training_options(p.add_argument_group("training"), rehearse)
 
