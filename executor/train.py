@@ -65,15 +65,7 @@ def train(job: Training) -> Trained:
     record = TrainingRecord(frozen_mark=frozen, after_first_step=job.after_first_step)
     total = _total_steps(job, len(train_set))
     trainer = _make_trainer(job, model, train_set, eval_set, record, total, notes)
-    checkpoint = last_whole(job.output)
-    resumed = int(checkpoint.name.split("-")[1]) if checkpoint is not None else 0
-    if checkpoint is not None:
-        before = read_progress(checkpoint, record)
-        notes += go_on_as(before, job.device)
-        for line in other_weights(before.get("frozen"), record.frozen_mark):
-            ui.say(f"warning: {line}")
-            notes.append(line)
-        ui.say(f"resuming from step {resumed} of {total}")
+    checkpoint, resumed = _last_checkpoint(job, record, total, notes)
     components = _components(model)
     with (
         choose_loss(job.strategy, job.device, model, notes),
@@ -104,6 +96,23 @@ def train(job: Training) -> Trained:
         components=components,
         notes=notes,
     )
+
+
+def _last_checkpoint(
+    job: Training, record: TrainingRecord, total: int, notes: list[str]
+) -> tuple[Path | None, int]:
+    """The checkpoint to go on from and its step, 0 for none; what came before it is put into `record`."""
+    checkpoint = last_whole(job.output)
+    if checkpoint is None:
+        return None, 0
+    before = read_progress(checkpoint, record)
+    notes += go_on_as(before, job.device)
+    for line in other_weights(before.get("frozen"), record.frozen_mark):
+        ui.say(f"warning: {line}")
+        notes.append(line)
+    resumed = int(checkpoint.name.split("-")[1])
+    ui.say(f"resuming from step {resumed} of {total}")
+    return checkpoint, resumed
 
 
 def _run_loop(
