@@ -10,10 +10,12 @@ from typing import Any, NoReturn
 
 from executor.errors import BadOption, FitwrightError
 from executor.options import LEARNING_RATE, RunOptions
+from planner.options import MOST_TOKENS
 from planner.streams import reopen_closed, settle, tell
 
 ENGINES = ("resident", "accelerate", "stream")
 SCHEDULES = ("linear", "cosine", "constant", "constant_with_warmup")
+MOST_STEPS = 10**9
 LARGEST_SEED = 2**32 - 1
 """numpy's generator, which transformers seeds as well, takes 32 bits."""
 
@@ -29,12 +31,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Entry point of the command; returns the exit code."""
     reopen_closed()
     debug = "--debug" in (sys.argv[1:] if argv is None else argv)
+    if hasattr(sys.stdout, "reconfigure"):  # stderr never fails on a letter, stdout would
+        sys.stdout.reconfigure(errors="replace")
     try:
         return _dispatch(argv)
     except FitwrightError as error:
         if debug and error.exit_code == 2:
             raise
-        tell(f"error: {error}", *([f"hint: {error.hint}"] if error.hint else []))
+        _tell(str(error), error.hint)
         return error.exit_code
     except KeyboardInterrupt:
         tell("error: interrupted")
@@ -43,8 +47,24 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 141
     except OSError as error:
         # the parts name their own failures; what is left is a terminal or file that takes no more
+        if debug:
+            raise
         tell(f"error: cannot print: {error.strerror}")
         return 2
+    except Exception as error:
+        if debug:
+            raise
+        from executor.run import DEFECT
+
+        _tell(f"{DEFECT} ({type(error).__name__}: {error})", "--debug shows where")
+        return 2
+
+
+def _tell(error: str, hint: str | None) -> None:
+    """A line each: names of files may hold what a terminal would obey."""
+    from planner.render.text import one_line
+
+    tell(f"error: {one_line(error)}", *([f"hint: {one_line(hint)}"] if hint else []))
 
 
 def _dispatch(argv: Sequence[str] | None) -> int:
@@ -80,7 +100,7 @@ def parser() -> argparse.ArgumentParser:
         metavar="DIR",
         help="where to leave the files (default: a new temporary folder)",
     )
-    quick.add_argument("--debug", action="store_true", help="tracebacks and the libraries' own messages")
+    _add_debug(quick)
     quick.set_defaults(command=_quickstart)
     return top
 
@@ -91,8 +111,8 @@ def _add_probe(commands: Any) -> None:
     p.add_argument(
         "--folder", type=Path, metavar="DIR", help="test the disk of this folder (default: the current one)"
     )
-    p.add_argument("--json", action="store_true", help="print the result as JSON and nothing else on stdout")
-    p.add_argument("--debug", action="store_true", help="tracebacks and the libraries' own messages")
+    _add_json(p, "the result as JSON")
+    _add_debug(p)
     p.set_defaults(command=_probe)
 
 
@@ -102,8 +122,8 @@ def _add_report(commands: Any) -> None:
     p.add_argument(
         "run_dir", type=Path, nargs="?", metavar="RUN_DIR", help="the --output folder of a run (default: all)"
     )
-    p.add_argument("--json", action="store_true", help="print JSON and nothing else on stdout")
-    p.add_argument("--debug", action="store_true", help="tracebacks")
+    _add_json(p, "JSON")
+    _add_debug(p)
     p.set_defaults(command=_report)
 
 
@@ -115,12 +135,24 @@ def _add_merge(commands: Any) -> None:
     p.add_argument(
         "--base", type=Path, metavar="DIR", help="the base model's folder (default: where the run had it)"
     )
+    _add_remote_code(p)
+    _add_json(p, "the result as JSON")
+    _add_debug(p)
+    p.set_defaults(command=_merge)
+
+
+def _add_json(p: argparse.ArgumentParser, what: str) -> None:
+    p.add_argument("--json", action="store_true", help=f"print {what} and nothing else on stdout")
+
+
+def _add_debug(p: argparse.ArgumentParser) -> None:
+    p.add_argument("--debug", action="store_true", help="tracebacks and the libraries' own messages")
+
+
+def _add_remote_code(p: argparse.ArgumentParser) -> None:
     p.add_argument(
         "--trust-remote-code", action="store_true", help="run Python code that comes with the model"
     )
-    p.add_argument("--json", action="store_true", help="print the result as JSON and nothing else on stdout")
-    p.add_argument("--debug", action="store_true", help="tracebacks and the libraries' own messages")
-    p.set_defaults(command=_merge)
 
 
 def _add_run_options(p: argparse.ArgumentParser, rehearse: bool) -> None:
@@ -156,11 +188,9 @@ def _add_run_options(p: argparse.ArgumentParser, rehearse: bool) -> None:
         help="try even what this machine has no room for now",
     )
     p.add_argument("--restart", action="store_true", help="forget an earlier run in DIR and begin again")
-    p.add_argument(
-        "--trust-remote-code", action="store_true", help="run Python code that comes with the model"
-    )
-    p.add_argument("--json", action="store_true", help="print the report as JSON and nothing else on stdout")
-    p.add_argument("--debug", action="store_true", help="tracebacks and the libraries' own messages")
+    _add_remote_code(p)
+    _add_json(p, "the report as JSON")
+    _add_debug(p)
     _add_inference_options(p.add_argument_group("generation"), rehearse)
     _add_training_options(p.add_argument_group("training"), rehearse)
 
@@ -171,7 +201,9 @@ def _add_inference_options(p: argparse._ArgumentGroup, rehearse: bool) -> None:
         p.add_argument(
             "--prompts", type=Path, metavar="FILE", help='JSONL of {"prompt": ...} or {"messages": [...]}'
         )
-    p.add_argument("--max-new-tokens", type=_whole(1), metavar="N", help="in place of the plan's new tokens")
+    p.add_argument(
+        "--max-new-tokens", type=_whole(1, MOST_TOKENS), metavar="N", help="in place of the plan's new tokens"
+    )
     p.add_argument("--greedy", action="store_true", help="always the likeliest token")
     p.add_argument("--temperature", type=_number(0.0, 100.0), metavar="X", help="sample at this temperature")
     p.add_argument(
@@ -180,10 +212,12 @@ def _add_inference_options(p: argparse._ArgumentGroup, rehearse: bool) -> None:
 
 
 def _add_training_options(p: argparse._ArgumentGroup, rehearse: bool) -> None:
-    p.add_argument("--max-steps", type=_whole(1), metavar="N", help="stop after this many optimizer steps")
+    p.add_argument(
+        "--max-steps", type=_whole(1, MOST_STEPS), metavar="N", help="stop after this many optimizer steps"
+    )
     p.add_argument(
         "--learning-rate",
-        type=_number(0.0, 1000.0),
+        type=_number(0.0, 1000.0, above=True),
         metavar="X",
         help="peak rate (default: {lora:g}; method full: {full:g})".format(**LEARNING_RATE),
     )
@@ -203,10 +237,17 @@ def _add_training_options(p: argparse._ArgumentGroup, rehearse: bool) -> None:
         help="part of the steps to warm up",
     )
     p.add_argument(
-        "--epochs", type=_number(0.0, 1e6), default=1.0, metavar="X", help="passes over the data (default 1)"
+        "--epochs",
+        type=_number(0.0, 1e6, above=True),
+        default=1.0,
+        metavar="X",
+        help="passes over the data (default 1)",
     )
     p.add_argument(
-        "--save-steps", type=_whole(1), metavar="N", help="steps between checkpoints (default: a tenth)"
+        "--save-steps",
+        type=_whole(1, MOST_STEPS),
+        metavar="N",
+        help="steps between checkpoints (default: a tenth)",
     )
     p.add_argument(
         "--eval-split",
@@ -237,11 +278,12 @@ def _whole(least: int, most: int | None = None) -> Callable[[str], int]:
     return read
 
 
-def _number(low: float, high: float) -> Callable[[str], float]:
+def _number(low: float, high: float, above: bool = False) -> Callable[[str], float]:
     def read(text: str) -> float:
         value = float(text)
-        if not low <= value <= high:  # nan is neither
-            raise argparse.ArgumentTypeError(f"must be between {low:g} and {high:g}")
+        if not low <= value <= high or (above and value == low):  # nan is neither
+            bounds = f"above {low:g} and at most {high:g}" if above else f"between {low:g} and {high:g}"
+            raise argparse.ArgumentTypeError(f"must be {bounds}")
         return value
 
     read.__name__ = "number"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 from executor.errors import BadOption
 from executor.options import RunOptions
@@ -11,6 +11,19 @@ from executor.prompts import Prompt, prompts_of
 from executor.rows import Row, read_examples
 from executor.sampling import check_sampling
 from planner.types import Workload
+
+_GENERATION = ("max_new_tokens", "greedy", "temperature", "top_p")
+_TRAINING = (
+    "max_steps",
+    "learning_rate",
+    "lr_schedule",
+    "warmup_ratio",
+    "epochs",
+    "save_steps",
+    "eval_split",
+    "packing",
+    "report_to",
+)
 
 
 @dataclass(frozen=True)
@@ -28,6 +41,7 @@ def read_inputs(workload: Workload, options: RunOptions) -> Inputs:
 
     Errors: `BadOption` when they are missing or belong to the other task, `BadDataset` for a bad row.
     """
+    _refuse_foreign(workload, options)
     if options.rehearse:
         return Inputs()
     digest = hashlib.sha256()
@@ -43,3 +57,16 @@ def read_inputs(workload: Workload, options: RunOptions) -> Inputs:
         raise BadOption("training needs a dataset", "give --dataset FILE.jsonl, or use `executor rehearse`")
     rows = tuple(read_examples(options.dataset, digest))
     return Inputs(rows=rows, digest=digest.hexdigest())
+
+
+def _refuse_foreign(workload: Workload, options: RunOptions) -> None:
+    """What belongs to the other task would have no effect: the user thinks of another plan."""
+    infer = workload.task == "infer"
+    for field in fields(options):
+        if (
+            field.name in (_TRAINING if infer else _GENERATION)
+            and getattr(options, field.name) != field.default
+        ):
+            theirs, ours = ("training", "inference") if infer else ("inference", "training")
+            name = field.name.replace("_", "-")
+            raise BadOption(f"--{name} is for {theirs} and the plan is for {ours}", "leave it away")

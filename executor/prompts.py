@@ -18,6 +18,9 @@ def prompts_of(options: RunOptions, digest: Digest | None = None) -> list[Prompt
     Errors: `BadOption` when there are none, `BadDataset` for a bad row.
     """
     prompts: list[Prompt] = list(options.prompts)
+    for number, prompt in enumerate(options.prompts, 1):
+        if any("\ud800" <= char <= "\udfff" for char in prompt):  # how Python keeps bytes it cannot decode
+            raise BadOption(f"prompt {number} is not UTF-8 text")
     if options.prompts_file is not None:
         prompts += read_prompts(options.prompts_file, digest)
     if not prompts:

@@ -14,6 +14,8 @@ from typing import Any, Protocol
 from executor.errors import BadDataset
 
 Message = dict[str, Any]
+LONGEST_ROW_BYTES = 2**28
+"""A line beyond this is no row: a device without end, or another kind of file."""
 
 
 class Digest(Protocol):
@@ -69,7 +71,10 @@ def read_prompts(path: Path, digest: Digest | None = None) -> list[str | tuple[M
 def _records(path: Path, digest: Digest | None) -> Iterator[tuple[int, dict[str, Any]]]:
     try:
         with open(path, "rb") as f:
-            for number, raw in enumerate(f, 1):
+            lines = iter(lambda: f.readline(LONGEST_ROW_BYTES + 1), b"")
+            for number, raw in enumerate(lines, 1):
+                if len(raw) > LONGEST_ROW_BYTES:
+                    raise _bad(path, number, f"is longer than {LONGEST_ROW_BYTES >> 20} MiB")
                 if digest is not None:
                     digest.update(raw)
                 if raw.strip():
@@ -81,10 +86,16 @@ def _records(path: Path, digest: Digest | None) -> Iterator[tuple[int, dict[str,
 def _record(path: Path, number: int, raw: bytes) -> dict[str, Any]:
     try:
         record = json.loads(raw.decode("utf-8-sig" if number == 1 else "utf-8"))
+        if b"\\u" in raw:  # \ud83d without its other half is JSON, but no character
+            json.dumps(record, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        raise _bad(path, number, "has half of a surrogate pair, which is no text") from None
     except UnicodeDecodeError:
         raise _bad(path, number, "is not UTF-8 text") from None
     except (ValueError, RecursionError) as error:
-        reason = error.msg if isinstance(error, json.JSONDecodeError) else "nested too deeply"
+        reason = "nested too deeply" if isinstance(error, RecursionError) else str(error)
+        if isinstance(error, json.JSONDecodeError):
+            reason = error.msg  # the position would count from the line's beginning
         raise _bad(path, number, f"is not JSON: {reason}") from None
     if not isinstance(record, dict):
         raise _bad(path, number, "is not a JSON object")

@@ -13,7 +13,7 @@ from typing import Any
 from executor import ui
 from executor.batches import Collator, Examples, RandomTokens, split
 from executor.checkpoints import last_whole
-from executor.continuity import go_on_as
+from executor.continuity import go_on_as, mark_of, other_weights
 from executor.examples import prepare
 from executor.files import publish_folder
 from executor.measure import MomentMeter, tensor_bytes, watch_training
@@ -61,14 +61,11 @@ def train(job: Training) -> Trained:
     notes: list[str] = []
     train_set, eval_set = _datasets(job, notes)
     model = _trainable(job)
-    record = TrainingRecord(after_first_step=job.after_first_step)
+    frozen = mark_of(p for p in model.parameters() if not p.requires_grad)
+    record = TrainingRecord(frozen_mark=frozen, after_first_step=job.after_first_step)
     total = _total_steps(job, len(train_set))
     trainer = _make_trainer(job, model, train_set, eval_set, record, total, notes)
-    checkpoint = last_whole(job.output)
-    resumed = int(checkpoint.name.split("-")[1]) if checkpoint is not None else 0
-    if checkpoint is not None:
-        notes += go_on_as(read_progress(checkpoint, record), job.device)
-        ui.say(f"resuming from step {resumed} of {total}")
+    checkpoint, resumed = _last_checkpoint(job, record, total, notes)
     components = _components(model)
     with (
         choose_loss(job.strategy, job.device, model, notes),
@@ -99,6 +96,23 @@ def train(job: Training) -> Trained:
         components=components,
         notes=notes,
     )
+
+
+def _last_checkpoint(
+    job: Training, record: TrainingRecord, total: int, notes: list[str]
+) -> tuple[Path | None, int]:
+    """The checkpoint to go on from and its step, 0 for none; what came before it is put into `record`."""
+    checkpoint = last_whole(job.output)
+    if checkpoint is None:
+        return None, 0
+    before = read_progress(checkpoint, record)
+    notes += go_on_as(before, job.device)
+    for line in other_weights(before.get("frozen"), record.frozen_mark):
+        ui.say(f"warning: {line}")
+        notes.append(line)
+    resumed = int(checkpoint.name.split("-")[1])
+    ui.say(f"resuming from step {resumed} of {total}")
+    return checkpoint, resumed
 
 
 def _run_loop(

@@ -47,6 +47,8 @@ class TrainingRecord:
     optimizer_bytes: int = 0
     """Optimizer state on the device; managed memory is apart."""
     managed_bytes: int = 0
+    frozen_mark: dict[str, str] | None = None
+    """Fingerprint of the weights that are not trained, which no checkpoint holds."""
     after_first_step: Look | None = None
 
 
@@ -138,7 +140,7 @@ class RunTrainer(Trainer):
 
     def _progress(self) -> dict[str, Any]:
         record = self.record
-        numbers = numerics(self.args.device)
+        numbers = {**numerics(self.args.device), "frozen": record.frozen_mark}
         return {"losses": record.losses, "evaluations": record.evaluations, "environment": numbers}
 
     def _save_trainer_state(self, folder: Path) -> None:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from executor.errors import CannotHonour
 from executor.source import ModelSource
-from planner.types import Candidate, Engine, Workload
+from planner.types import Candidate, Engine, Strategy, Workload
 
 if TYPE_CHECKING:
     import torch
@@ -56,6 +56,14 @@ class Loaded:
     traffic: Callable[[], dict[str, Any]] = field(default=dict)
     """`bytes_streamed` and `link_bytes_per_s` so far, from engines that move weights."""
     close: Callable[[], None] = field(default=lambda: None)
+
+
+def attention_notes(model: Any, strategy: Strategy) -> list[str]:
+    """What to say where transformers' class of the model refused the strategy's attention."""
+    ran = model.config._attn_implementation
+    if ran == strategy.attention:
+        return []
+    return [f"this model has no {strategy.attention} attention in transformers; {ran} ran instead"]
 
 
 def find_engine(name: Engine, resident_layers: int | None) -> Callable[[LoadRequest], Loaded]:

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from executor.device import torch_dtype
-from executor.engines import Loaded, LoadRequest
+from executor.engines import Loaded, LoadRequest, attention_notes
 from executor.engines.offload_hooks import Traffic, prepare
 from executor.errors import BadWeights, CannotHonour
 from executor.load import attention_for, layer_count, load_model, load_tokenizer, read_config
@@ -57,18 +57,12 @@ def load(request: LoadRequest) -> Loaded:
         _remove(folder)
         raise
     away = _layers_away(places)
-    notes = []
-    if model.config._attn_implementation != request.candidate.strategy.attention:
-        notes.append(
-            f"this model has no {request.candidate.strategy.attention} attention in transformers; eager ran "
-            "instead"
-        )
     return Loaded(
         model=model,
         tokenizer=tokenizer,
         layers_resident=layer_count(model) - away,
         layers_streamed=away,
-        notes=notes,
+        notes=attention_notes(model, request.candidate.strategy),
         traffic=traffic.read,
         close=lambda: _remove(folder),
     )

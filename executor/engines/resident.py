@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from executor.engines import Loaded, LoadRequest
+from executor.engines import Loaded, LoadRequest, attention_notes
 from executor.errors import CannotHonour
 from executor.load import layer_count, load_model, load_tokenizer
 
@@ -24,10 +24,12 @@ def load(request: LoadRequest) -> Loaded:
         request.source, strategy, _device_map(request), request.device, request.seed, request.remote_code
     )
     tokenizer = load_tokenizer(request.source, request.remote_code)
-    notes = []
-    if model.config._attn_implementation != strategy.attention:
-        notes.append(f"this model has no {strategy.attention} attention in transformers; eager ran instead")
-    return Loaded(model=model, tokenizer=tokenizer, layers_resident=layer_count(model), notes=notes)
+    return Loaded(
+        model=model,
+        tokenizer=tokenizer,
+        layers_resident=layer_count(model),
+        notes=attention_notes(model, strategy),
+    )
 
 
 def _device_map(request: LoadRequest) -> dict[str, Any]:

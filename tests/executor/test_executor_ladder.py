@@ -44,16 +44,16 @@ def test_frames_of_every_linked_error_are_let_go_of() -> None:
     def fails(depth: int) -> None:
         tensor = Held()
         kept.append(weakref.ref(tensor))
+        if depth == 0:
+            raise MemoryError
         try:
-            raise MemoryError if depth == 0 else RuntimeError
+            fails(depth - 1)
         except (MemoryError, RuntimeError):
-            if depth < 3:
-                fails(depth + 1)
-            raise KeyError from None
+            raise RuntimeError from None
 
     try:
-        fails(0)
-    except KeyError as error:
+        fails(3)
+    except RuntimeError as error:
         assert all(ref() is not None for ref in kept) and len(kept) == 4
         forget_frames(error)
         gc.collect()

@@ -129,6 +129,24 @@ def test_a_stop_loses_no_evaluation(tmp_path: Path, small: Path, monkeypatch: An
     assert again["evaluations"] == whole["evaluations"] and again["losses"] == whole["losses"]
 
 
+@pytest.mark.parametrize("quant", ["none", "nf4"])
+def test_other_weights_under_a_resumed_run_are_said(
+    tmp_path: Path, small: Path, capsys: Any, quant: str
+) -> None:
+    """The checkpoint of an adapter holds nothing of the model below it."""
+    model = tmp_path / "model"
+    shutil.copytree(small, model)
+    plan = plan_of(tmp_path, model, {"method": "qlora" if quant == "nf4" else "lora"}, {"quant": quant})
+    more = ("--max-steps", 4, "--save-steps", 2)
+    run(plan, model, tmp_path / "whole", *more)
+    same = run(plan, model, cut(tmp_path / "whole", tmp_path / "same", 2), *more)
+    assert not any("frozen weights" in note for note in same["notes"])
+    write_tiny_model(model, layers=2, hidden=64, seed=1)
+    other = run(plan, model, cut(tmp_path / "whole", tmp_path / "other", 2), *more)
+    assert any("other frozen weights" in note for note in other["notes"])
+    assert "warning: resumed over other frozen weights" in capsys.readouterr().err
+
+
 def test_a_resumed_run_takes_the_threads_of_the_first(tmp_path: Path) -> None:
     import torch
 
