@@ -160,11 +160,23 @@ def _datasets(job: Training, notes: list[str]) -> tuple[Any, Any]:
 def _trainable(job: Training) -> Any:
     model = job.loaded.model
     model.config.use_cache = False
+    keep_unpacked(model)
     if job.options.packing and not job.options.rehearse:
         refuse_mixing(model, _collator(job))
     if job.workload.method == "full":
         return model
     return add_adapters(model, job.workload, job.strategy)
+
+
+def keep_unpacked(model: Any) -> None:
+    """Have no 4-bit linear repack its weight for inference while it is evaluated.
+
+    On CPUs with AVX-512 BF16 bitsandbytes does so in place, and training goes on through a product without
+    gradients, with a plausible loss.
+    """
+    for module in model.modules():
+        if getattr(module, "support_avx512bf16_for_cpu", False):
+            module.support_avx512bf16_for_cpu = False
 
 
 def _total_steps(job: Training, examples: int) -> int:

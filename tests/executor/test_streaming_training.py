@@ -17,6 +17,7 @@ from executor.errors import CannotHonour
 from executor.source import ModelSource
 from executor.streaming import linears
 from executor.streaming.schedule import Copy, Schedule
+from executor.train import keep_unpacked
 from planner.exact.adapters import add_adapters
 
 pytestmark = pytest.mark.executor
@@ -32,6 +33,7 @@ def train(engine: Any, source: ModelSource, quant: str, mode: str, kept: int | N
     torch.manual_seed(0)
     model = add_adapters(loaded.model, asked.workload, asked.candidate.strategy).train()
     model.config.use_cache = False
+    keep_unpacked(model)
     _set_up(model, mode)
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=1e-2)
@@ -47,10 +49,9 @@ def train(engine: Any, source: ModelSource, quant: str, mode: str, kept: int | N
         seen += [p.grad.clone() for p in trained if p.grad is not None]
         optimizer.step()
         optimizer.zero_grad()
-        if quant == "none":  # bitsandbytes repacks a resident model for evaluation on some CPUs, for good
-            with torch.no_grad():
-                seen.append(model.eval()(input_ids=ids).logits)
-            model.train()
+        with torch.no_grad():
+            seen.append(model.eval()(input_ids=ids).logits)
+        model.train()
     loaded.close()
     return [*seen, *(p.detach().clone() for p in trained)]
 
@@ -77,6 +78,24 @@ def test_equal_to_resident(tmp_path: Path, kind: str, quant: str, mode: str) -> 
     want = train(resident, source, quant, mode)
     for kept in (0, 2):
         assert same(train(stream, source, quant, mode, kept), want), f"{kept} resident layers"
+
+
+def test_evaluation_leaves_a_quantized_model_trainable(tmp_path: Path) -> None:
+    """The same step has the same gradients after an evaluation, resident too."""
+    asked = request(write_model(tmp_path, "llama"), "nf4", None, task="train")
+    model = add_adapters(resident.load(asked).model, asked.workload, asked.candidate.strategy)
+    keep_unpacked(model)
+    _set_up(model, "none")
+    ids = torch.arange(20)[None]
+    seen = []
+    for _ in range(2):
+        torch.manual_seed(0)
+        model.train()(input_ids=ids, labels=ids).loss.backward()
+        seen.append([p.grad.clone() for p in model.parameters() if p.grad is not None])
+        model.zero_grad()
+        with torch.no_grad():
+            model.eval()(input_ids=ids)
+    assert same(*seen)
 
 
 class Shuffled(Schedule):
