@@ -169,9 +169,7 @@ class OutputDirectory:
         path = self.path / ".lock"
         flags = os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
         while True:
-            file = os.fdopen(
-                os.open(path, os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o644), "w"
-            )
+            file = os.fdopen(os.open(path, flags, 0o644), "w")
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
