@@ -93,9 +93,9 @@ class Attempt:
         outcome = self._outcome = Outcome(self.candidate, device)
         self._open_card(device)
         self.meter = MomentMeter(device)
+        gauges = Gauges(self.candidate, self.plan.workload, device, self.options.vram_cap_bytes)
         sampler = HostSampler()
         outcome.host_base_bytes = sampler.peak_bytes
-        gauges = Gauges(self.candidate, self.plan.workload, device, self.options.vram_cap_bytes)
         try:
             with ui.watching(gauges):
                 loaded = self._loaded = self._load(load, device, outcome)
@@ -229,7 +229,9 @@ class Attempt:
             outcome.context_bytes = self._context
             known = outcome.reserved_peak_bytes + (self._context or 0)
             outcome.process_peak_bytes = max(self._process_peak, known)
-            outcome.environment["process_bytes_basis"] = self.card.basis
+            # the card is read now and then; the allocator's own peak may lie in between
+            basis = self.card.basis if self._process_peak >= known else "reserved + context"
+            outcome.environment["process_bytes_basis"] = basis
             if self._cap is not None:
                 outcome.notes.append(
                     self._cap.note(outcome.reserved_peak_bytes, self._context or 0, outcome.managed_bytes)

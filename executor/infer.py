@@ -11,7 +11,7 @@ from typing import Any
 
 from executor import ui
 from executor.caches import Caches, bytes_of
-from executor.errors import Interrupted
+from executor.errors import BadOption, Interrupted
 from executor.files import write_atomically
 from executor.measure import watch_generation
 from executor.pass_clock import PassClock
@@ -167,7 +167,11 @@ def _rehearse(job: Generation, clock: PassClock) -> Generated:
 def _answer_all(job: Generation, clock: PassClock) -> Generated:
     tokenizer, prompts, size = job.loaded.tokenizer, job.prompts, job.workload.sequences
     texts = [render(prompt, tokenizer) for prompt in prompts]
+    _refuse_empty(texts, tokenizer)
     width = longest(texts, tokenizer)
+    too_long = _past_context(job, width)
+    if too_long:
+        ui.say(f"warning: {too_long}")
     passes = _Passes(job, clock, width, tokenizer.pad_token_id)
     partial = job.output.path / "outputs.partial.jsonl"
     rows = _earlier_rows(partial)
@@ -195,7 +199,25 @@ def _answer_all(job: Generation, clock: PassClock) -> Generated:
     if width > job.workload.prompt_tokens:
         planned = job.workload.prompt_tokens
         result.notes.append(f"a prompt of {width} tokens is longer than the {planned} planned for")
+    if too_long:
+        result.notes.append(too_long)
     return result
+
+
+def _refuse_empty(texts: Sequence[str], tokenizer: Any) -> None:
+    """A model goes on from a token: nothing at all is no prompt, unless the tokenizer adds a beginning."""
+    for number, text in enumerate(texts, 1):
+        if not text and not tokenizer("")["input_ids"]:
+            raise BadOption(f"prompt {number} is empty", "give it a text")
+
+
+def _past_context(job: Generation, prompt_tokens: int) -> str | None:
+    """What to say where the longest answer may leave the positions that the model was trained on."""
+    made_for = getattr(job.loaded.model.config.get_text_config(), "max_position_embeddings", None)
+    if not isinstance(made_for, int) or prompt_tokens + job.new_tokens <= made_for:
+        return None
+    asked = f"{prompt_tokens} prompt and {job.new_tokens} new tokens"
+    return f"{asked} are more than the {made_for} this model was made for"
 
 
 def _streamer(job: Generation) -> Any:

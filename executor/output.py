@@ -166,14 +166,24 @@ class OutputDirectory:
     def _acquire(self) -> None:
         self._created = not self.path.exists()
         self.path.mkdir(parents=True, exist_ok=True)
+        path = self.path / ".lock"
         flags = os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
-        self._lock = os.fdopen(os.open(self.path / ".lock", flags, 0o644), "w")
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise DirectoryInUse(
-                f"another run is working in {self.path}", "wait for it, or give another --output"
-            ) from None
+        while True:
+            file = os.fdopen(os.open(path, flags, 0o644), "w")
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                file.close()
+                raise DirectoryInUse(
+                    f"another run is working in {self.path}", "wait for it, or give another --output"
+                ) from None
+            except BaseException:
+                file.close()
+                raise
+            if _is_still(path, file):
+                self._lock = file  # from here on the directory is ours
+                return
+            file.close()  # its last holder has removed the file in between: lock the one that is there now
 
     def _refuse_links(self) -> None:
         """What is written here must not land elsewhere."""
@@ -239,6 +249,14 @@ def _checkpoints_in(folder: Path) -> list[Path]:
         if match and entry.is_dir() and not entry.is_symlink():
             found.append((int(match[1]), entry))
     return [entry for _, entry in sorted(found)]
+
+
+def _is_still(path: Path, file: IO[str]) -> bool:
+    """Whether `path` names the open `file`."""
+    try:
+        return os.path.samestat(path.stat(follow_symlinks=False), os.fstat(file.fileno()))
+    except FileNotFoundError:
+        return False
 
 
 def _show(value: object) -> str:

@@ -147,6 +147,8 @@ def _datasets(job: Training, notes: list[str]) -> tuple[Any, Any]:
             f"{prepared.empty} of {len(rows)} rows were left out: no answer within {workload.seq_len} tokens"
         )
     train_part, eval_part = split(prepared.examples, options.eval_split, options.seed)
+    if options.eval_split > 0 and not eval_part:
+        notes.append("nothing was held out: a single row is left to learn from")
     if prepared.endless:
         notes.append(
             f"{prepared.endless} of {len(rows)} rows have no end-of-turn token: generation may not stop"

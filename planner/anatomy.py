@@ -12,7 +12,7 @@ from msgspec import Struct
 
 from planner.memory.infer import prefill_pass
 from planner.memory.kvcache import layer_kv_bytes, token_elements
-from planner.memory.layer import layer_cost
+from planner.memory.layer import through
 from planner.memory.tape import rounded
 from planner.memory.train import training_pass
 from planner.memory.weights import WIDTH, expert_bytes, linear_bytes, norm_bytes, parameter_bytes, tower_bytes
@@ -158,16 +158,15 @@ def layers_at_work(arch: Architecture, work: Workload, how: Strategy) -> tuple[L
     """Each kind of layer with the bytes of its pass over the whole batch."""
     train = work.task == "train"
     p = training_pass(arch, work, how) if train else prefill_pass(arch, work, how)
-    found: dict[tuple[str, int, int, int], int] = {}
-    for index, layer in enumerate(arch.kinds):
-        cost = layer_cost(layer, p, arch.hidden_size)
+    layers = through(arch, p)
+    found: dict[tuple[str, int, int, int, int], int] = {}
+    for kind, cost, stream in zip(arch.order, layers.costs, layers.inputs, strict=True):
         back = cost.recompute_peak if how.gradient_checkpointing else cost.backward_peak
-        key = (_mixer(layer), cost.saved, cost.forward_peak, back)
-        found[key] = found.get(key, 0) + arch.order.count(index)
-    stream = rounded(p.tokens * arch.hidden_size * p.stream)
+        key = (_mixer(arch.kinds[kind]), stream, cost.saved, cost.forward_peak, back)
+        found[key] = found.get(key, 0) + 1
     return tuple(
         LayerBytes(times, name, stream, saved if train else 0, forward, back if train else 0)
-        for (name, saved, forward, back), times in found.items()
+        for (name, stream, saved, forward, back), times in found.items()
     )
 
 

@@ -92,6 +92,14 @@ def _too_old_for_fp16(case: Case) -> bool:
     )
 
 
+def _rmsprop_without_kernel(c: Case) -> bool:
+    """bitsandbytes/backends/cuda/ops.py, `str2optimizer32bit`: rmsprop comes for fp32 and fp16 alone."""
+    full = c.workload.method == "full"
+    bf16 = (c.strategy.dtype if full else c.workload.adapter_dtype) == "bf16"
+    optimizer = c.strategy.optimizer
+    return bf16 and optimizer.startswith("rmsprop_bnb") and (full or not optimizer.endswith("_8bit"))
+
+
 def _flash_attention(case: Case) -> bool:
     return case.strategy.attention == "flash_attention_2"
 
@@ -251,6 +259,12 @@ RULES: tuple[Rule, ...] = (
         lambda c: c.train and c.strategy.optimizer.startswith("paged_") and _not_nvidia(c),
         "paged optimizers need CUDA's managed memory",
         "--optimizer adamw_8bit or adamw_torch_fused",
+    ),
+    Rule(
+        "rmsprop_bf16",
+        lambda c: c.train and _rmsprop_without_kernel(c),
+        "bitsandbytes has no 32-bit rmsprop for bf16 gradients, and small tensors take it under 8 bits too",
+        "--optimizer adamw_8bit, or --adapter-dtype fp32",
     ),
     Rule(
         "flash_attention_without_card",

@@ -142,6 +142,7 @@ def _layer(scope: Evaluator, traits: Mapping[str, Any]) -> Layer:
         feed_forward=build_feed_forward(scope, choose(scope, traits["feed_forward"])),
         norms=norms(scope, traits.get("norms", {})),
         residual="parallel" if scope.value(traits.get("parallel", False)) else "sequential",
+        residual_scale=bool(scope.value(traits.get("residual_scale", False))),
         parameters=parameters(scope, traits.get("layer_parameters", {})),
         linears=linears(scope, traits.get("layer_linears", {})),
     )

@@ -165,6 +165,8 @@ class Layer(Struct, frozen=True):
     norms: tuple[Norm, ...] = ()
     """Norms on the residual stream: two for Llama, four for Gemma 2 (before and after each mixer)."""
     residual: Literal["sequential", "parallel"] = "sequential"
+    residual_scale: bool = False
+    """What the layer adds to the residual stream is multiplied by a constant first (Granite, MiniCPM)."""
     parameters: tuple[Parameter, ...] = ()
     """Anything else: layer scalars, per-layer inputs."""
     linears: tuple[Linear, ...] = ()

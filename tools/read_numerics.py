@@ -1,12 +1,20 @@
 """Read from transformers' source how each architecture multiplies its norms and rotates its queries.
 
-Two habits of the modelling code change what autograd keeps, and no config field tells them:
+Habits of the modelling code change what autograd keeps, and no config field tells them:
 
 * norm: `weight * x.to(dtype)` keeps a 16-bit tensor, `(weight * x).to(dtype)` keeps float32;
 * rope: an architecture that rotates part of a head and concatenates the rest leaves queries in another memory
-  layout, so attention's output is copied once more before the output projection.
+  layout, so attention's output is copied once more before the output projection;
+* LayerNorm: where it is no `nn.LayerNorm`, which stays in float32 under autocast, it is the same cast back
+  (returned), spelled out (by_hand), or run in 16 bits (lowered);
+* names: what attention returned, or its normed input, that a layer's frame still names while the feed-forward
+  runs, stays alive for that long;
+* embeddings: peft asks the embedding module's output for a gradient; where the model goes on with a product,
+  a sum or a norm of it (moved, positioned, placed, normed), that output stays beside the first layer's input;
+* inline: a feed-forward written out in the layer's own forward lets its input go after the first linear.
 
-Writes {"transformers": version, "float32_norm": [model types], "concatenated_rope": [model types]}.
+Writes {"transformers": version, one list of model types a habit, "layer_norm" and "embeddings": {model type:
+form}}.
 Usage: python tools/read_numerics.py OUT.json
 """
 
@@ -32,8 +40,8 @@ def main(out: str) -> None:
         for model_type, name in names.items():
             for one in (name,) if isinstance(name, str) else name:
                 classes.setdefault(one, set()).add(model_type)
-    float32: set[str] = set()
-    concatenated: set[str] = set()
+    lists: dict[str, set[str]] = {name: set() for name in HABITS}
+    forms: dict[str, dict[str, str]] = {name: {} for name in FORMS}
     root = Path(transformers.__file__).parent / "models"
     for path in sorted(root.glob("*/modeling_*.py")):
         tree = ast.parse(path.read_text())
@@ -42,15 +50,16 @@ def main(out: str) -> None:
         if not types:
             continue
         types |= {f"{path.parent.name}_text"} if f"{path.parent.name}_text" in _model_types() else set()
-        source = ast.unparse(tree)
-        if _float32_norm(tree):
-            float32 |= types
-        if _concatenated_rope(source):
-            concatenated |= types
+        for name, holds in HABITS.items():
+            if holds(tree):
+                lists[name] |= types
+        for name, form in FORMS.items():
+            if found := form(tree):
+                forms[name] |= dict.fromkeys(types, found)
     facts = {
         "transformers": transformers.__version__,
-        "float32_norm": sorted(float32),
-        "concatenated_rope": sorted(concatenated),
+        **{name: sorted(found) for name, found in lists.items()},
+        **{name: dict(sorted(found.items())) for name, found in forms.items()},
     }
     temporary = Path(f"{out}.tmp")
     temporary.write_text(json.dumps(facts, indent=1) + "\n")
@@ -75,9 +84,137 @@ def _float32_norm(tree: ast.Module) -> bool:
     return False
 
 
-def _concatenated_rope(source: str) -> bool:
+LAYER_NORMS = {
+    "_cast_if_autocast_enabled": "lowered",
+    "F.layer_norm(hidden_states.to(": "returned",
+    ".pow(2).mean(-1, keepdim=True)": "by_hand",
+}
+"""What the forward of a class called LayerNorm says, and which form that is."""
+
+
+def _layer_norm(tree: ast.Module) -> str | None:
+    for node in tree.body:
+        if isinstance(node, ast.ClassDef) and "LayerNorm" in node.name:
+            body = ast.unparse(node)
+            for text, form in LAYER_NORMS.items():
+                if text in body:
+                    return form
+    return None
+
+
+def _concatenated_rope(tree: ast.Module) -> bool:
     """Does rotation end in a concatenation of a rotated and an untouched part?"""
+    source = ast.unparse(tree)
     return "q_pass], dim=-1)" in source or "query_pass), dim=-1)" in source
+
+
+def _float32_rope(tree: ast.Module) -> bool:
+    """Does rotation widen queries and keys first?"""
+    rotate = [n for n in tree.body if isinstance(n, ast.FunctionDef) and n.name == "apply_rotary_pos_emb"]
+    return any("q = q.float()" in ast.unparse(node) for node in rotate)
+
+
+ATTENTION = ("attn", "attention", "mixer")
+CHANNEL = ("mlp", "feed_forward", "fc1", "ffn", "moe", "ff")
+
+
+def _names_at_feed_forward(tree: ast.Module) -> set[str]:
+    """Of attention's output and its normed input, what the layer's frame names when the feed-forward runs."""
+    for node in tree.body:
+        if not isinstance(node, ast.ClassDef) or not node.name.endswith(("DecoderLayer", "Block", "Layer")):
+            continue
+        if "Vision" in node.name or "Audio" in node.name:
+            continue
+        forward = next((f for f in node.body if isinstance(f, ast.FunctionDef) and f.name == "forward"), None)
+        if forward is not None and (named := _named(forward)) is not None:
+            return named
+    return set()
+
+
+def _inline(tree: ast.Module) -> bool:
+    """Does a layer's own forward call the two linears of its feed-forward?"""
+    layers = [n for n in tree.body if isinstance(n, ast.ClassDef) and n.name.endswith("DecoderLayer")]
+    return any("self.fc1(hidden_states)" in ast.unparse(layer) for layer in layers)
+
+
+def _named(forward: ast.FunctionDef) -> set[str] | None:
+    origin: dict[str, str] = {}
+    seen = False
+    for statement in _statements(forward.body):
+        called = _called(statement)
+        if seen and called.startswith(CHANNEL):
+            return set(origin.values())
+        if not isinstance(statement, ast.Assign):
+            continue
+        target = statement.targets[0]
+        first = target.elts[0] if isinstance(target, ast.Tuple) else target
+        if not isinstance(first, ast.Name):
+            continue
+        value = statement.value
+        origin.pop(first.id, None)
+        if isinstance(value, ast.Subscript) and isinstance(value.value, ast.Name):
+            held = origin.get(value.value.id)
+        elif "norm" in called or called.startswith("ln_"):
+            held = None if seen else "normed"
+        elif any(word in called for word in ATTENTION):
+            held, seen = "attention", True
+        else:
+            held = None
+        if held:
+            origin[first.id] = held
+    return None
+
+
+def _statements(body: list[ast.stmt]) -> list[ast.stmt]:
+    """Statements in order, the first branch of each condition among them."""
+    out: list[ast.stmt] = []
+    for statement in body:
+        out += _statements(statement.body) if isinstance(statement, ast.If) else [statement]
+    return out
+
+
+def _called(statement: ast.stmt) -> str:
+    """The attribute of self that a statement calls first; empty for none."""
+    for node in ast.walk(statement):
+        if isinstance(node, ast.Call) and ast.unparse(node.func).startswith("self."):
+            return ast.unparse(node.func)[len("self.") :]
+    return ""
+
+
+def _embeddings(tree: ast.Module) -> str | None:
+    """What happens to `inputs_embeds` before the first layer."""
+    for node in tree.body:
+        if not isinstance(node, ast.ClassDef) or not node.name.endswith(("Model", "Decoder")):
+            continue
+        if "Vision" in node.name or "Audio" in node.name:
+            continue
+        forward = next((f for f in node.body if isinstance(f, ast.FunctionDef) and f.name == "forward"), None)
+        for statement in _statements(forward.body) if forward is not None else []:
+            if isinstance(statement, ast.For):
+                break
+            if not isinstance(statement, ast.Assign):
+                continue
+            if ast.unparse(statement.targets[0]) not in ("hidden_states", "inputs_embeds"):
+                continue
+            called, text = _called(statement), ast.unparse(statement.value)
+            if isinstance(statement.value, ast.BinOp) and "inputs_embeds" in text:
+                if "position_embeds" in text:
+                    return "positioned"
+                return "placed" if "pos" in text else "moved"
+            if "norm" in called or called.startswith("ln"):
+                return "normed"
+    return None
+
+
+HABITS = {
+    "float32_norm": _float32_norm,
+    "concatenated_rope": _concatenated_rope,
+    "float32_rope": _float32_rope,
+    "keeps_attention": lambda tree: "attention" in _names_at_feed_forward(tree),
+    "inline_feed_forward": _inline,
+    "keeps_normed": lambda tree: "normed" in _names_at_feed_forward(tree),
+}
+FORMS = {"layer_norm": _layer_norm, "embeddings": _embeddings}
 
 
 if __name__ == "__main__":

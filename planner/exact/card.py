@@ -35,11 +35,11 @@ LOWER = _names("""
 """Functions CUDA's autocast runs in 16 bits (aten/src/ATen/autocast_mode.h, lower_precision_fp)."""
 FLOAT32 = _names("""
     acos asin cosh erfinv exp expm1 log log10 log2 log1p logsumexp reciprocal rsqrt sinh tan pow __pow__
-    __rpow__ softplus layer_norm native_layer_norm rms_norm group_norm cosine_similarity cosine_embedding_loss
-    cross_entropy nll_loss kl_div l1_loss smooth_l1_loss huber_loss mse_loss dist cdist renorm
-    binary_cross_entropy_with_logits interpolate
+    __rpow__ square softplus layer_norm native_layer_norm rms_norm group_norm cosine_similarity
+    cosine_embedding_loss cross_entropy nll_loss kl_div l1_loss smooth_l1_loss huber_loss mse_loss dist
+    cdist renorm binary_cross_entropy_with_logits interpolate
 """)
-"""Functions it runs in float32 (fp32)."""
+"""Functions it runs in float32 (fp32); `square` is `pow` by the time autocast sees it."""
 FLOAT32_RESULT = _names("prod softmax log_softmax cumprod cumsum sum")
 """Functions it asks for a float32 result unless told otherwise (fp32_set_opt_dtype)."""
 PROMOTE = _names("""

@@ -66,6 +66,7 @@ def _qkv(tape: Tape, p: Pass, x: Tensor, spec: Attention) -> tuple[Tensor, Tenso
     elif len(projections) == 1 and projections[0].outputs > heads * e:
         fused = linear(tape, p, x, projections[0])  # query, key and value: views of one storage
         q, k, v = _split(tape, fused, (heads * e, kv * e, kv * (spec.value_dim or e)))
+        q, k = _head_norm(tape, p, q, spec, "q", heads), _head_norm(tape, p, k, spec, "k", kv)
     else:
         q = linear(tape, p, x, projections[0])
         if projections[0].outputs >= 2 * heads * e:  # query and output gate in one linear
@@ -108,16 +109,18 @@ def rope(tape: Tape, p: Pass, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
     returns."""
     if p.liger:  # rotates in place (liger_kernel/ops/rope.py)
         return q, k
+    wide = tuple(tape.cast(x, 4) if p.float32_rope else tape.hold(x) for x in (q, k))
     rotated = []
-    for x in (q, k):
+    for x in wide:
         cos = tape.op((x,), x.bytes)
         half = tape.op((x,), x.bytes, temp=x.bytes // 2)
         sin = tape.op((half,), x.bytes)
         tape.free(half)
         rotated.append(tape.add(cos, sin))
         tape.free(cos, sin)
-    tape.free(q, k)
-    return rotated[0], rotated[1]
+    narrow = [tape.cast(x, item.width) for x, item in zip(rotated, (q, k), strict=True)]
+    tape.free(*wide, *rotated, q, k)
+    return narrow[0], narrow[1]
 
 
 def uses_mask(p: Pass, spec: Attention) -> bool:
@@ -150,8 +153,8 @@ def _core(tape: Tape, p: Pass, spec: Attention, q: Tensor, k: Tensor, v: Tensor,
     """softmax(q k^T) v. Frees q, k and v; what a cache keeps are copies."""
     if cache:  # torch.cat onto the cache: the copies stay, and count as this layer's share of it
         k, v = _cached(tape, k), _cached(tape, v)
-    if p.stream != p.width and p.train:  # autocast hands the kernel 16-bit copies
-        q, k, v = (_narrow(tape, t) for t in (q, k, v))
+    if p.autocast and p.attention != "eager":  # autocast hands the kernel 16-bit copies
+        q, k, v = (_narrow(tape, p, t) for t in (q, k, v))
     out = _eager(tape, p, spec, q, k, v) if p.attention == "eager" else _fused(tape, p, spec, q, k, v)
     tape.free(q)
     if not cache:
@@ -160,13 +163,13 @@ def _core(tape: Tape, p: Pass, spec: Attention, q: Tensor, k: Tensor, v: Tensor,
 
 
 def _cached(tape: Tape, x: Tensor) -> Tensor:
-    kept = tape.new(x.bytes)
+    kept = tape.new(x.bytes, width=x.width)
     tape.free(x)
     return kept
 
 
-def _narrow(tape: Tape, x: Tensor) -> Tensor:
-    out = tape.op((x,), x.bytes // 2)
+def _narrow(tape: Tape, p: Pass, x: Tensor) -> Tensor:
+    out = tape.cast(x, p.width)
     tape.free(x)
     return out
 
@@ -208,7 +211,9 @@ def _eager(tape: Tape, p: Pass, spec: Attention, q: Tensor, k: Tensor, v: Tensor
     groups = heads // max(kv, 1)
     keys = tape.op((k,), k.bytes * groups) if groups > 1 else tape.hold(k)
     values = tape.op((v,), v.bytes * groups) if groups > 1 else tape.hold(v)
-    product = tape.op((q, keys), scores * width, save=(q, keys))
+    narrow = tuple(tape.cast(item, width) if p.autocast else tape.hold(item) for item in (q, keys))
+    product = tape.op(narrow, scores * width, save=narrow)
+    tape.free(*narrow)
     weights = tape.op((product,), scores * width)  # * scaling
     tape.free(product)
     if spec.softcap:
@@ -221,15 +226,17 @@ def _eager(tape: Tape, p: Pass, spec: Attention, q: Tensor, k: Tensor, v: Tensor
     masked = tape.op((weights,), scores * width)
     tape.free(weights)
     # softmax(dtype=float32) converts bfloat16 first (ATen/native/SoftMax.cpp)
-    wide = tape.op((masked,), scores * 4) if width != 4 else tape.hold(masked)
+    wide = tape.cast(masked, 4)
     soft = tape.op((wide,), scores * 4, save_out=True)
     tape.free(wide)
-    narrow = tape.op((soft,), scores * width) if width != 4 else tape.hold(soft)
+    answered = tape.cast(soft, q.width)  # .to(query.dtype)
     tape.free(masked, soft)
     out_bytes = p.tokens * heads * (spec.value_dim or spec.head_dim) * width
-    out = tape.op((narrow, values), out_bytes, save=(narrow, values))
+    factors = tuple(tape.cast(item, width) if p.autocast else tape.hold(item) for item in (answered, values))
+    out = tape.op(factors, out_bytes, save=factors)
+    tape.free(*factors)
     contiguous = tape.op((out,), out_bytes)
-    tape.free(out, narrow, keys, values)
+    tape.free(out, answered, keys, values)
     return contiguous
 
 
@@ -249,15 +256,15 @@ def _latent(tape: Tape, p: Pass, x: Tensor, spec: Attention, cache: bool) -> Ten
     compressed = linear(tape, p, x, by_name["kv_a_proj_with_mqa"])
     spec_norm = norms.get("kv_a_layernorm")
     nope = norm(tape, p, compressed, spec_norm, p.tokens) if spec_norm else tape.hold(compressed)
-    rotated = p.tokens * spec.latent.rope_dim * p.stream
+    rotated = p.tokens * spec.latent.rope_dim * q.width
     q_rope = tape.op((q,), rotated * spec.heads, temp=rotated * spec.heads)
     k_rope = tape.op((compressed,), rotated, temp=rotated)
     if cache:
         nope, k_rope = _cached(tape, nope), _cached(tape, k_rope)
-    query = tape.op((q, q_rope), p.tokens * spec.heads * p.stream * spec.head_dim)
+    query = tape.op((q, q_rope), p.tokens * spec.heads * q.width * spec.head_dim)
     whole = replace(p, seq=p.seq + p.past, past=0)
     kv = linear(tape, whole, nope, by_name["kv_b_proj"])
-    context = whole.tokens * spec.heads * p.stream
+    context = whole.tokens * spec.heads * q.width
     key = tape.op((kv, k_rope), context * spec.head_dim)
     value = tape.view(kv, context * spec.value_dim)
     held = [q, compressed, q_rope, kv, *([] if cache else [nope, k_rope])]

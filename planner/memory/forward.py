@@ -15,7 +15,7 @@ from functools import lru_cache
 
 from planner.memory.adapters import is_target
 from planner.memory.lora import lora
-from planner.memory.shapes import Pass, numerics
+from planner.memory.shapes import Pass
 from planner.memory.tape import Tape, Tensor
 from profiles.schema import Linear, Norm
 
@@ -39,33 +39,29 @@ def linear(tape: Tape, p: Pass, x: Tensor, spec: Linear, outliers: float = 0.0) 
 
 
 def _base(tape: Tape, p: Pass, x: Tensor, spec: Linear, t: int, outliers: float) -> Tensor:
+    quant = p.quant if spec.quantized else "none"
+    if quant == "int8":
+        return _int8(tape, p, x, spec, t, outliers)
     n = t * spec.outputs * p.width
-    weight = spec.inputs * spec.outputs * p.width
-    if p.quant == "nf4" and spec.quantized:
-        y = x
-        if p.stream != p.width:  # Linear4bit casts its input to the compute dtype and its output back
-            y = tape.op((x,), t * spec.inputs * p.width)
+    # Linear4bit casts its input to the compute dtype and its output back; autocast casts the input alone
+    y = tape.cast(x, p.width)
+    if quant == "nf4":
+        weight = spec.inputs * spec.outputs * p.width
         # Passes of many tokens dequantize the whole weight for one matmul, forward and backward
         # (bitsandbytes backends/cuda/ops.py: custom kernels only up to a few hundred rows).
         workspace = weight if t > CUSTOM_GEMM_TOKENS else 0
         out = tape.op((y,), n, temp=workspace, back_temp=weight)
-        if y is not x:
-            tape.free(y)
-            wide = tape.op((out,), t * spec.outputs * p.stream)
-            tape.free(out)
-            out = wide
-        return out
-    if p.quant == "int8" and spec.quantized:
-        return _int8(tape, p, x, spec, t, outliers)
+        tape.free(y)
+        back = tape.cast(out, x.width)
+        tape.free(out)
+        return back
     if p.full:
         w = tape.parameter(spec.parameters * p.width, True)
-        return tape.op((x, w), n, save=(x,))
-    if p.stream != p.width:  # autocast casts the wide input for this matmul alone
-        narrow = tape.op((x,), t * spec.inputs * p.width)
-        out = tape.op((narrow,), n, save_weight=True)
-        tape.free(narrow)
-        return out
-    return tape.op((x,), n, save_weight=True)
+        out = tape.op((y, w), n, save=(y,))
+    else:
+        out = tape.op((y,), n, save_weight=True)
+    tape.free(y)
+    return out
 
 
 CUSTOM_GEMM_TOKENS = 256
@@ -81,7 +77,7 @@ def _int8(tape: Tape, p: Pass, x: Tensor, spec: Linear, t: int, outliers: float)
     their share of the weight dequantized through two float32 temporaries (bitsandbytes
     backends/default/ops.py).
     """
-    n = t * spec.outputs * p.width
+    n = t * spec.outputs * x.width
     half = tape.new(t * spec.inputs * 2)
     rows = tape.new(t * spec.inputs)
     tape.touch(t * spec.inputs * 3)  # |A| and the mask of its outliers
@@ -132,34 +128,58 @@ def norm(tape: Tape, p: Pass, x: Tensor, spec: Norm, rows: int) -> Tensor:
     """RMSNorm or LayerNorm over rows of `spec.size` features."""
     n = rows * spec.size
     weight = tape.parameter(spec.size * p.width, p.full)
+    if spec.kind == "layer" and p.layer_norm == "by_hand":
+        return _layer_norm_by_hand(tape, p, x, weight, n, rows)
     if spec.kind == "layer":
-        # one kernel; under autocast it runs in float32
-        source = tape.op((x,), 4 * n) if p.autocast and p.stream == 2 else x
-        out = tape.op((source, weight), 4 * n if p.autocast else n * p.stream, save=(source,))
-        if source is not x:
-            tape.free(source)
-        if p.autocast and p.stream == 2:
-            narrow = tape.op((out,), 2 * n)
-            tape.free(out)
-            return narrow
-        return out
+        return _layer_norm(tape, p, x, weight, n)
     if p.liger:
-        return tape.op((x, weight), n * p.stream, save=(x,))
-    wide = tape.op((x,), 4 * n) if p.stream == 2 else tape.hold(x)
+        return tape.op((x, weight), n * x.width, save=(x,))
+    wide = tape.cast(x, 4)
     inverse = _inverse_rms(tape, wide, n, rows)
     scaled = tape.op((wide, inverse), 4 * n, save=(wide, inverse), back_temp=4 * n)
     tape.free(inverse, wide)
     if p.float32_norm:
         product = _times_weight(tape, p, scaled, weight, 4 * n)
-        if p.stream == 4:
-            tape.free(scaled)
-            return product
-        out = tape.op((product,), n * p.stream)
-        tape.free(product, scaled)
+        tape.free(scaled)
+        out = tape.cast(product, x.width)
+        tape.free(product)
         return out
-    narrow = tape.op((scaled,), 2 * n) if p.stream == 2 else tape.hold(scaled)
-    out = _times_weight(tape, p, narrow, weight, n * p.stream)
+    narrow = tape.cast(scaled, x.width)
+    out = _times_weight(tape, p, narrow, weight, n * max(x.width, 4 if p.upcast else 0))
     tape.free(narrow, scaled)
+    return out
+
+
+def _layer_norm(tape: Tape, p: Pass, x: Tensor, weight: Tensor, n: int) -> Tensor:
+    """`nn.LayerNorm`: one kernel that keeps its input. Autocast runs it in float32 and leaves it there, so
+    4-bit linears hand float32 on and the residual stream becomes float32 with them."""
+    wide = 4 if p.layer_norm == "returned" or (p.autocast and p.layer_norm == "fused") else x.width
+    if p.autocast and p.layer_norm == "lowered":
+        wide = p.width
+    source = tape.cast(x, wide)
+    out = tape.op((source, weight), n * wide, save=(source,))
+    tape.free(source)
+    if p.layer_norm != "returned":
+        return out
+    back = tape.cast(out, x.width)
+    tape.free(out)
+    return back
+
+
+def _layer_norm_by_hand(tape: Tape, p: Pass, x: Tensor, weight: Tensor, n: int, rows: int) -> Tensor:
+    """models/cohere/modeling_cohere.py: mean, centred rows (twice), their square, all float32."""
+    wide = tape.cast(x, 4)
+    mean = tape.op((wide,), 4 * rows)
+    centred = tape.op((wide, mean), 4 * n)
+    inverse = _inverse_rms(tape, centred, n, rows)
+    tape.free(centred)
+    again = tape.op((wide, mean), 4 * n)
+    scaled = tape.op((again, inverse), 4 * n, save=(again, inverse), back_temp=4 * n)
+    tape.free(again, inverse, wide, mean)
+    product = _times_weight(tape, p, scaled, weight, 4 * n)
+    tape.free(scaled)
+    out = tape.cast(product, x.width)
+    tape.free(product)
     return out
 
 
@@ -192,11 +212,6 @@ def _inverse_rms(tape: Tape, wide: Tensor, n: int, rows: int) -> Tensor:
     return inverse
 
 
-def activation(tape: Tape, p: Pass, gate: Tensor) -> Tensor:
-    """silu, gelu, relu^2 ...: one kernel that keeps its input."""
-    return tape.op((gate,), gate.bytes, save=(gate,))
-
-
 def multiply(tape: Tape, a: Tensor, b: Tensor) -> Tensor:
     """Elementwise product: keeps both factors."""
     return tape.op((a, b), max(a.bytes, b.bytes), save=(a, b))
@@ -204,12 +219,10 @@ def multiply(tape: Tape, a: Tensor, b: Tensor) -> Tensor:
 
 __all__ = [
     "Pass",
-    "activation",
     "adapted",
     "linear",
     "multiply",
     "norm",
     "normed",
-    "numerics",
     "outlier_share",
 ]

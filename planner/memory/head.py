@@ -48,7 +48,7 @@ def ending(arch: Architecture) -> Ending:
 def head_cost(end: Ending, p: Pass, fused: bool) -> HeadCost:
     """Replay final norm, projection and loss, forward and backward."""
     tape = Tape()
-    x = tape.new(p.tokens * end.hidden * p.stream, needs_grad=True)
+    x = tape.new(p.tokens * end.hidden * p.stream, needs_grad=True, width=p.stream)
     y = norm(tape, p, x, end.norm, p.tokens) if end.norm else tape.hold(x)
     tape.free(x)
     loss = _fused_loss(tape, p, y, end) if fused else _full_loss(tape, p, y, end)
@@ -74,7 +74,7 @@ def _full_loss(tape: Tape, p: Pass, y: Tensor, end: Ending) -> Tensor:
         tape.free(divided)
         logits = tape.op((bounded,), bounded.bytes)
         tape.free(bounded)
-    wide = tape.op((logits,), 4 * t * v) if p.width != 4 else tape.hold(logits)
+    wide = tape.cast(logits, 4)
     # log_softmax keeps its result; both that and the upcast logits are alive at once
     log_probabilities = tape.op((wide,), 4 * t * v, save_out=True)
     tape.free(wide)
@@ -92,12 +92,11 @@ def _project(tape: Tape, p: Pass, y: Tensor, end: Ending) -> Tensor:
     t, v, d = p.tokens, end.vocab, end.hidden
     out = t * v * p.width
     weight = tape.parameter(v * d * p.width, p.full)
-    if p.stream == p.width or not p.autocast:
-        return tape.op((y, weight), out, save=(y,) if p.full else ())
-    # the output projection was upcast to float32: autocast casts input and weight for this matmul
-    narrow = tape.op((y,), t * d * p.width)
-    cast = tape.new(v * d * p.width)
-    logits = tape.op((narrow, weight), out, save=(cast,))
+    # autocast casts the input for this matmul, and the weight where it was upcast to float32
+    narrow = tape.cast(y, p.width) if p.autocast else tape.hold(y)
+    cast = tape.new(v * d * p.width) if p.upcast and p.autocast else None
+    save = (narrow,) if p.full else () if cast is None else (cast,)
+    logits = tape.op((narrow, weight), out, save=save)
     tape.free(narrow, cast)
     return logits
 
@@ -112,7 +111,7 @@ def _fused_loss(tape: Tape, p: Pass, y: Tensor, end: Ending) -> Tensor:
     t, v, d = p.tokens, end.vocab, end.hidden
     rows = fused_chunk_rows(t, v, d)
     weight = tape.parameter(v * d * p.width, p.full)
-    grad_input = tape.new(t * d * p.stream)
+    grad_input = tape.new(t * d * y.width)
     grad_weight = tape.new(v * d * p.width) if p.full else None
     chunk = rows * v * p.width
     tape.touch(chunk + rows * v * 4 + (v * d * p.width if p.full else 0))

@@ -12,10 +12,10 @@ from functools import lru_cache
 from msgspec.structs import replace
 
 from planner.memory.attention import input_bytes
-from planner.memory.forward import Pass, numerics
-from planner.memory.kvcache import cache_bytes, layer_kv_bytes
+from planner.memory.kvcache import CacheBytes, cache_bytes, layer_kv_bytes
 from planner.memory.layer import layer_cost
 from planner.memory.moments import CardMemory, line, snapshot
+from planner.memory.shapes import Pass, habits
 from planner.memory.tape import rounded
 from planner.memory.weights import WIDTH, layer_linears, load_transient_bytes, weight_bytes
 from planner.types import Strategy, Workload
@@ -32,8 +32,7 @@ def prefill_pass(arch: Architecture, work: Workload, how: Strategy) -> Pass:
         stream=width,
         quant=how.quant,
         attention=how.attention,
-        float32_norm=arch.model_type in numerics().float32_norm,
-        concatenated_rope=arch.model_type in numerics().concatenated_rope,
+        **habits(arch.model_type),
         liger=False,
     )
 
@@ -58,12 +57,10 @@ def inference_memory(arch: Architecture, work: Workload, how: Strategy, workspac
     kv = cache_bytes(arch, batch, work.prompt_tokens, tokens, width, how.cache)
     stream = rounded(p.tokens * arch.hidden_size * p.stream)
     logits = rounded(batch * arch.vocab_size * (width + 4))
-    costs = [layer_cost(layer, p, arch.hidden_size) for layer in arch.kinds]
-    worst = max(range(len(costs)), key=lambda kind: costs[kind].forward_peak)
-    mixer = arch.kinds[worst].attention
-    # attention counts the copies it adds to the cache; a recurrent state is updated in place
-    own = layer_kv_bytes(mixer, batch, work.prompt_tokens, width) if mixer.kind != "recurrent" else 0
-    others = max(0, kv.prefill - own) if how.cache == "dynamic" else kv.prefill
+    worst, others = _fullest(arch, p, kv if how.cache != "dynamic" else None)
+    hidden = 2 * stream
+    if p.embeddings in ("positioned", "placed"):
+        hidden += stream // (work.sequences if p.embeddings == "positioned" else 1)
     one = decode_pass(p, tokens)
     step = max(layer_cost(layer, one, arch.hidden_size).forward_peak for layer in arch.kinds)
     if how.cache == "static":
@@ -78,10 +75,10 @@ def inference_memory(arch: Architecture, work: Workload, how: Strategy, workspac
                     others,
                     f"{how.cache}: {batch} x {work.prompt_tokens} tokens, beside the layer in work",
                 ),
-                line("activations", 2 * stream, "embeddings and the layer's input"),
+                line("activations", hidden, "embeddings and the layer's input"),
                 line(
                     "layer in work",
-                    costs[worst].forward_peak,
+                    worst,
                     "largest set of tensors alive inside one layer",
                     "modelled",
                 ),
@@ -117,6 +114,26 @@ def inference_memory(arch: Architecture, work: Workload, how: Strategy, workspac
         dequantized_bytes=weights.largest_unquantized if how.quant != "none" else 0,
         snapshots=tuple(shots),
     )
+
+
+def _fullest(arch: Architecture, p: Pass, cache: CacheBytes | None) -> tuple[int, int]:
+    """(bytes in work, bytes of cache beside it) at the layer where the prompt's pass holds most.
+
+    `cache`: one of a fixed size; None for one that grows layer by layer, where attention itself counts the
+    copies it adds and a recurrent state is updated in place.
+    """
+    costs = [layer_cost(layer, p, arch.hidden_size).forward_peak for layer in arch.kinds]
+    if cache is not None:
+        return max(costs), cache.prefill
+    owned = [layer_kv_bytes(layer.attention, p.batch, p.seq, p.width) for layer in arch.kinds]
+    filled, best = 0, (0, 0)
+    for kind in arch.order:
+        if arch.kinds[kind].attention.kind == "recurrent":
+            filled += owned[kind]
+        best = max(best, (costs[kind], filled), key=sum)
+        if arch.kinds[kind].attention.kind != "recurrent":
+            filled += owned[kind]
+    return best
 
 
 def decode_pass(p: Pass, tokens: int) -> Pass:

@@ -7,10 +7,11 @@ from functools import lru_cache
 from msgspec import Struct
 from msgspec.structs import replace
 
+from planner.memory.activations import activation
 from planner.memory.attention import attention
-from planner.memory.forward import Pass, activation, linear, multiply, norm, normed, outlier_share
+from planner.memory.forward import Pass, linear, multiply, norm, normed, outlier_share
 from planner.memory.tape import Tape, Tensor, rounded
-from profiles.schema import Experts, FeedForward, Layer, Linear, Norm, Parameter
+from profiles.schema import Architecture, Experts, FeedForward, Layer, Linear, Norm, Parameter
 
 
 class LayerCost(Struct, frozen=True):
@@ -34,6 +35,8 @@ class LayerCost(Struct, frozen=True):
     gradient."""
     gradients: int
     """Bytes of parameter gradients this layer leaves behind."""
+    width: int = 2
+    """Bytes of an element of its output."""
 
 
 @lru_cache(maxsize=4096)
@@ -45,15 +48,15 @@ def layer_cost(layer: Layer, p: Pass, hidden: int, first: bool = False) -> Layer
     p = replace(p, hidden=hidden)
     n = rounded(p.tokens * hidden * p.stream)
     plain = Tape(recording=False)
-    x = Tensor(n, needs_grad=p.train)
+    x = Tensor(n, needs_grad=p.train, width=p.stream)
     out = _forward(plain, p, x, layer)
-    forward_peak, output = plain.peak, out.bytes
+    forward_peak, output, width = plain.peak, out.bytes, out.width
     leaked = _pinned(plain, x)
     if not p.train:
-        return LayerCost(forward_peak, output, 0, 0, forward_peak, 0, 0, 0)
+        return LayerCost(forward_peak, output, 0, 0, forward_peak, 0, 0, 0, width)
 
     tape = Tape()
-    x = Tensor(n, needs_grad=not first)
+    x = Tensor(n, needs_grad=not first, width=p.stream)
     out = _forward(tape, p, x, layer)
     record_peak = tape.peak
     # autocast's copies of adapter weights lose their name when the pass ends; saved ones stay
@@ -65,10 +68,64 @@ def layer_cost(layer: Layer, p: Pass, hidden: int, first: bool = False) -> Layer
     tape.free(out)
     backward_peak = _walk_back(tape, out, grad) + extra
     gradients = tape.live - (x.grad.bytes if x.grad is not None else 0) - _pinned(tape, x)
-    recompute_peak = _recompute_peak(layer, p, n, tape.saving_ops)
+    recompute_peak = _recompute_peak(layer, p, n, out.bytes, tape.saving_ops)
     return LayerCost(
-        forward_peak, output, leaked, kept, record_peak, backward_peak, recompute_peak, gradients
+        forward_peak, output, leaked, kept, record_peak, backward_peak, recompute_peak, gradients, width
     )
+
+
+class Through(Struct, frozen=True):
+    """A pass through all layers, in their order."""
+
+    costs: tuple[LayerCost, ...]
+    inputs: tuple[int, ...]
+    """Bytes of each layer's input: what a checkpoint keeps."""
+    width: int
+    """Bytes of an element of the last hidden state."""
+
+
+def through(arch: Architecture, p: Pass) -> Through:
+    """Every layer with the dtype that the one before hands it: bfloat16 embeddings can be followed by a
+    float32 stream."""
+    known: dict[tuple[int, int], LayerCost] = {}
+    costs, inputs, width = [], [], p.stream
+    for kind in arch.order:
+        cost = known.get((kind, width))
+        if cost is None:
+            cost = layer_cost(arch.kinds[kind], replace(p, stream=width), arch.hidden_size)
+            known[kind, width] = cost
+        costs.append(cost)
+        inputs.append(rounded(p.tokens * arch.hidden_size * width))
+        width = cost.width
+    return Through(tuple(costs), tuple(inputs), width)
+
+
+class Embedded(Struct, frozen=True):
+    """What comes before the first layer."""
+
+    kept: int
+    """Bytes that backward needs besides the first layer's input."""
+    width: int
+    """Bytes of an element of the first layer's input."""
+
+
+def embedded(arch: Architecture, p: Pass) -> Embedded:
+    """The embeddings and what the model does to them.
+
+    Under checkpointing peft asks the embedding module's output for a gradient. That makes it a leaf, which
+    autograd holds on to; where the model goes on with a product, a sum or a norm of it, the two are apart.
+    """
+    if not p.embeddings:
+        return Embedded(0, p.stream)
+    tape = Tape()
+    x = tape.new(p.tokens * arch.hidden_size * p.stream, True, p.stream)
+    out = tape.op((x,), x.bytes)
+    if p.embeddings == "normed" and arch.final_norm is not None:
+        tape.free(out)
+        out = norm(tape, p, x, arch.final_norm, p.tokens)
+    if p.full:  # trained embeddings are no leaf
+        tape.free(x)
+    return Embedded(tape.live - out.bytes, out.width)
 
 
 def _pinned(tape: Tape, x: Tensor) -> int:
@@ -83,11 +140,11 @@ def _walk_back(tape: Tape, out: Tensor, grad: Tensor) -> int:
     return tape.peak
 
 
-def _recompute_peak(layer: Layer, p: Pass, n: int, saving_ops: int) -> int:
-    """Backward of a checkpointed layer, from an input and an output gradient of `n` bytes."""
+def _recompute_peak(layer: Layer, p: Pass, n: int, output: int, saving_ops: int) -> int:
+    """Backward of a checkpointed layer, from an input of `n` bytes and a gradient of `output`."""
     tape = Tape(stop_after=saving_ops)
-    x = Tensor(n, needs_grad=True)
-    grad = tape.new(n)
+    x = Tensor(n, needs_grad=True, width=p.stream)
+    grad = tape.new(output)
     out = _forward(tape, p, x, layer)
     forward = tape.peak
     tape.free(out)
@@ -105,17 +162,31 @@ def _forward(tape: Tape, p: Pass, x: Tensor, layer: Layer) -> Tensor:
         return _parallel(tape, p, x, layer)
     before, after = _norm_pairs(layer)
     h = x
+    named: list[Tensor] = []
+    """What the layer's frame names to its end."""
     if layer.attention.kind != "none":
-        mixed = _mixer(tape, p, h, before[0], after[0], layer)
+        mixed = _scaled(tape, layer, _mixer(tape, p, h, before[0], after[0], layer, named))
         h = tape.add(x, mixed)
+        if p.keeps_attention:
+            named.append(tape.hold(mixed))
         tape.free(mixed)
     if layer.feed_forward.kind == "none":
+        tape.free(*named)
         return h if h is not x else tape.hold(x)
-    mixed = _channel(tape, p, h, before[1], after[1], layer)
+    mixed = _scaled(tape, layer, _channel(tape, p, h, before[1], after[1], layer))
     out = tape.add(h, mixed)
-    tape.free(mixed)
+    tape.free(mixed, *named)
     if h is not x:
         tape.free(h)
+    return out
+
+
+def _scaled(tape: Tape, layer: Layer, mixed: Tensor) -> Tensor:
+    """What a layer adds to the stream, times a constant where the architecture has one."""
+    if not layer.residual_scale:
+        return mixed
+    out = tape.op((mixed,), mixed.bytes)
+    tape.free(mixed)
     return out
 
 
@@ -137,10 +208,20 @@ def _norm_pairs(layer: Layer) -> tuple[Pair, Pair]:
     return (None, None), (None, None)
 
 
-def _mixer(tape: Tape, p: Pass, h: Tensor, before: Norm | None, after: Norm | None, layer: Layer) -> Tensor:
+def _mixer(
+    tape: Tape,
+    p: Pass,
+    h: Tensor,
+    before: Norm | None,
+    after: Norm | None,
+    layer: Layer,
+    named: list[Tensor],
+) -> Tensor:
     y = norm(tape, p, h, before, p.tokens) if before else tape.hold(h)
     # Decode and prefill add to the cache, which the caller counts.
     mixed = attention(tape, p, y, layer.attention, cache=not p.train and layer.attention.kind != "recurrent")
+    if p.keeps_normed:
+        named.append(tape.hold(y))
     tape.free(y)
     assert mixed is not None
     return normed(tape, p, mixed, after)
@@ -149,15 +230,22 @@ def _mixer(tape: Tape, p: Pass, h: Tensor, before: Norm | None, after: Norm | No
 def _channel(tape: Tape, p: Pass, h: Tensor, before: Norm | None, after: Norm | None, layer: Layer) -> Tensor:
     y = norm(tape, p, h, before, p.tokens) if before else tape.hold(h)
     mixed = feed_forward(tape, p, y, layer.feed_forward)
-    tape.free(y)
+    if not p.inline_feed_forward:
+        tape.free(y)
     return normed(tape, p, mixed, after)
 
 
 def _parallel(tape: Tape, p: Pass, x: Tensor, layer: Layer) -> Tensor:
     """Attention and feed-forward read the same normed input (GPT-J, Falcon, Cohere, Phi)."""
     y = norm(tape, p, x, layer.norms[0], p.tokens) if layer.norms else tape.hold(x)
-    z = norm(tape, p, x, layer.norms[1], p.tokens) if len(layer.norms) > 1 else tape.hold(y)
+    second = layer.norms[1] if len(layer.norms) > 1 else None
+    later = second is not None and second.name.startswith("post")
+    z = norm(tape, p, x, second, p.tokens) if second and not later else tape.hold(y)
     mixed = attention(tape, p, y, layer.attention, cache=not p.train)
+    if second and later:  # GPT-NeoX norms for its feed-forward when attention is done
+        tape.free(y, z)
+        z = norm(tape, p, x, second, p.tokens)
+        y = tape.hold(z)
     channel = feed_forward(tape, p, z, layer.feed_forward)
     total = tape.add(channel, mixed) if mixed is not None else tape.hold(channel)
     out = tape.add(total, x)
@@ -171,14 +259,14 @@ def feed_forward(tape: Tape, p: Pass, y: Tensor, spec: FeedForward) -> Tensor:
         assert spec.linears, "a feed-forward layer has linears or experts"
         return _dense(tape, p, y, spec)
     if not spec.linears:
-        return _routed(tape, p, y, spec.experts)
+        return _routed(tape, p, y, spec.experts, spec.activation)
     gate = next((item for item in spec.linears if item.outputs == 1), None)
     if gate is None:  # DeepSeek and its kin run the routed experts first
-        routed = _routed(tape, p, y, spec.experts)
+        routed = _routed(tape, p, y, spec.experts, spec.activation)
         dense = _dense(tape, p, y, spec)
     else:
         shared = _dense(tape, p, y, spec)
-        routed = _routed(tape, p, y, spec.experts)
+        routed = _routed(tape, p, y, spec.experts, spec.activation)
         dense = _scored(tape, p, y, shared, gate)
     out = tape.add(routed, dense)
     tape.free(routed, dense)
@@ -205,16 +293,18 @@ def _dense(tape: Tape, p: Pass, y: Tensor, spec: FeedForward) -> Tensor:
     if not up:
         return linear(tape, p, y, down)
     if len(up) >= 2:
-        middle = _gated(tape, p, y, up[0], up[1])
+        middle = _gated(tape, p, y, up[0], up[1], spec.activation)
     elif up[0].outputs == 2 * down.inputs:  # gate and up in one linear (Phi-3, GLM): chunks are views of it
         both = linear(tape, p, y, up[0])
         gate, value = tape.view(both, both.bytes // 2), tape.view(both, both.bytes // 2)
-        active = activation(tape, p, gate)
+        active = activation(tape, p, gate, spec.activation)
         middle = multiply(tape, value, active)
         tape.free(both, gate, value, active)
     else:
         raised = linear(tape, p, y, up[0])
-        middle = activation(tape, p, raised)
+        if p.inline_feed_forward:
+            tape.free(y)
+        middle = activation(tape, p, raised, spec.activation)
         tape.free(raised)
     outliers = outlier_share(hidden, p.tokens) if p.quant == "int8" and spec.kind != "plain" else 0.0
     out = linear(tape, p, middle, down, outliers)
@@ -226,14 +316,14 @@ SIDEWAYS = ("latent_proj", "routed_down_proj", "routed_up_proj")
 """Linears around routed experts that belong to no dense feed-forward."""
 
 
-def _gated(tape: Tape, p: Pass, y: Tensor, gate_proj: Linear, up_proj: Linear) -> Tensor:
+def _gated(tape: Tape, p: Pass, y: Tensor, gate_proj: Linear, up_proj: Linear, act: str) -> Tensor:
     gate = linear(tape, p, y, gate_proj)
     if p.liger:  # SwiGLU keeps gate and up and recomputes the rest (liger_kernel/ops/swiglu.py)
         up = linear(tape, p, y, up_proj)
         middle = multiply(tape, gate, up)
         tape.free(gate, up)
         return middle
-    active = activation(tape, p, gate)
+    active = activation(tape, p, gate, act)
     tape.free(gate)
     up = linear(tape, p, y, up_proj)
     middle = multiply(tape, active, up)
@@ -241,7 +331,7 @@ def _gated(tape: Tape, p: Pass, y: Tensor, gate_proj: Linear, up_proj: Linear) -
     return middle
 
 
-def _routed(tape: Tape, p: Pass, y: Tensor, spec: Experts) -> Tensor:
+def _routed(tape: Tape, p: Pass, y: Tensor, spec: Experts, act: str) -> Tensor:
     """Top-k experts over T x k token copies, as `integrations/moe.py` grouped_mm runs it."""
     t, k, w, d = p.tokens, spec.per_token, p.width, p.hidden
     pairs = t * k
@@ -260,7 +350,7 @@ def _routed(tape: Tape, p: Pass, y: Tensor, spec: Experts) -> Tensor:
     keep = (picked,) if p.full else ()
     both = tape.op((picked, up_w), pairs * (up_spec // max(1, spec.count * d)) * w, save=keep)
     gate, up = tape.view(both, both.bytes // 2), tape.view(both, both.bytes // 2)
-    active = activation(tape, p, gate)
+    active = activation(tape, p, gate, act)
     middle = multiply(tape, active, up)
     tape.free(both, gate, up, active)
     out = tape.op((middle, down_w), pairs * d * w, save=(middle,) if p.full else ())
@@ -268,7 +358,7 @@ def _routed(tape: Tape, p: Pass, y: Tensor, spec: Experts) -> Tensor:
     weighted = tape.op((out, weights), pairs * d * w, save=(out, weights, index))
     restored = tape.op((weighted,), pairs * d * w)
     tape.free(weighted)
-    total = tape.op((restored,), t * d * p.stream)
+    total = tape.op((restored,), t * d * y.width, width=y.width)
     tape.free(restored, scores, weights, index, out, picked)
     return total
 

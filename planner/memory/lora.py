@@ -15,9 +15,9 @@ def lora(tape: Tape, p: Pass, x: Tensor, base: Tensor, spec: Linear, t: int) -> 
         result = tape.op((base,), wide_out)  # peft clones a 4-bit layer's result
         tape.free(base)
     source, owned = x, False
-    if (not packed and p.adapter_width != p.width) or (not p.autocast and p.adapter_width != p.width):
+    if x.width != p.adapter_width and not (packed and p.autocast):
         # peft casts the input to the adapters' dtype; x stays bound until the layer returns
-        source, owned = tape.op((x,), t * spec.inputs * p.adapter_width), True
+        source, owned = tape.cast(x, p.adapter_width), True
     dropped = source
     if p.dropout > 0 and p.train:
         mask = tape.new(t * spec.inputs)  # one byte an element
@@ -30,12 +30,12 @@ def lora(tape: Tape, p: Pass, x: Tensor, base: Tensor, spec: Linear, t: int) -> 
         a = tape.cached((id(spec), "a"), a, spec.inputs * p.rank * p.width)
         b = tape.cached((id(spec), "b"), b, spec.outputs * p.rank * p.width)
     narrow = dropped
-    if p.autocast and dropped.bytes > t * spec.inputs * p.width:
-        narrow = tape.op((dropped,), t * spec.inputs * p.width)
+    if p.autocast and dropped.width != p.width:
+        narrow = tape.cast(dropped, p.width)
         if dropped is not source and not p.dora:
             tape.free(dropped)
             dropped = source
-    low = tape.op((narrow, a), t * p.rank * compute, save=(narrow, *_if_cached(a)))
+    low = tape.op((narrow, a), t * p.rank * compute, save=(narrow, *_if_cached(a)), width=compute)
     if narrow is not dropped:
         tape.free(narrow)
     high = tape.op((low, b), t * spec.outputs * compute, save=(low, *_if_cached(b)))
@@ -66,7 +66,7 @@ def _dora(tape: Tape, p: Pass, x: Tensor, result: Tensor, high: Tensor, spec: Li
     cast to the input's dtype; the two products meet in the magnitude's float32.
     """
     n, wide = spec.inputs * spec.outputs, p.adapter_width
-    x_width = x.bytes // (t * spec.inputs) if t else p.width
+    x_width = x.width
     identity = spec.inputs**2
     tape.touch(identity * (wide + (p.width if p.autocast and wide != p.width else 0)))
     kept_identity = identity * p.width if tape.recording else 0
@@ -76,10 +76,10 @@ def _dora(tape: Tape, p: Pass, x: Tensor, result: Tensor, high: Tensor, spec: Li
     if p.dropout > 0 and p.train:  # the base product again, of the dropped input
         weight = tape.new(n * x_width)
         cast = tape.new(n * p.width) if p.autocast and x_width != p.width else tape.hold(weight)
-        base = tape.op((x,), t * spec.outputs * p.width, save=(cast,))
+        base = tape.op((x,), t * spec.outputs * p.width, save=(cast,), width=p.width)
         tape.free(weight, cast)
-    left = tape.op((base, magnitude), t * spec.outputs * wide, save=(base,))
-    right = tape.op((high, magnitude), t * spec.outputs * wide, save=(high,))
+    left = tape.op((base, magnitude), t * spec.outputs * wide, save=(base,), width=wide)
+    right = tape.op((high, magnitude), t * spec.outputs * wide, save=(high,), width=wide)
     scaled = tape.op((right,), right.bytes)
     tape.free(right, high)
     change = tape.add(left, scaled)
@@ -88,8 +88,8 @@ def _dora(tape: Tape, p: Pass, x: Tensor, result: Tensor, high: Tensor, spec: Li
     tape.free(change)
     if base is not result:
         tape.free(base)
-    if total.bytes <= result.bytes:
+    if total.width <= result.width:
         return total
-    out = tape.op((total,), result.bytes)
+    out = tape.cast(total, result.width)
     tape.free(total)
     return out

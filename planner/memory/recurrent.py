@@ -47,10 +47,15 @@ def _scan(tape: Tape, p: Pass, x: Tensor, spec: Attention, inner: list[Linear], 
     )
     tape.free(*mixed)
     scanned = tape.op(
-        (convolved,), p.tokens * width * 4, save=(convolved,), temp=3 * p.tokens * width * 4, save_out=True
+        (convolved,),
+        p.tokens * width * 4,
+        save=(convolved,),
+        temp=3 * p.tokens * width * 4,
+        save_out=True,
+        width=4,
     )
     tape.free(convolved)
-    narrow = tape.op((scanned,), p.tokens * last.inputs * p.width)
+    narrow = tape.op((scanned,), p.tokens * last.inputs * p.width, width=p.width)
     tape.free(scanned)
     out = linear(tape, p, narrow, last)
     tape.free(narrow)
@@ -91,7 +96,7 @@ def _gated_delta(
     tape.free(raised)
     if p.seq == 1 and not p.train:  # one step of the recurrence: the state, its decayed copy, the update
         tape.touch(3 * _sizes(p, spec).s)
-        core = tape.op((active,), p.tokens * spec.heads * spec.value_dim * p.width)
+        core = tape.op((active,), p.tokens * spec.heads * spec.value_dim * p.width, width=p.width)
     else:
         core = _chunked(tape, p, active, beta, decay, spec)
     tape.free(active, beta, decay)
@@ -146,7 +151,7 @@ def _chunked(tape: Tape, p: Pass, active: Tensor, beta: Tensor, decay: Tensor, s
     core = _over_chunks(tape, p, (new_values, cumulative, read, written, intra), n)
     tape.free(value, k_beta, v_beta, wide_beta, pairwise, system, decayed, grown)
     tape.free(new_values, cumulative, read, written, intra)
-    out = tape.op((core,), p.tokens * spec.heads * spec.value_dim * p.width)
+    out = tape.op((core,), p.tokens * spec.heads * spec.value_dim * p.width, width=p.width)
     tape.free(core)
     return out
 
@@ -189,8 +194,10 @@ def _over_chunks(tape: Tape, p: Pass, items: tuple[Tensor, ...], n: _Sizes) -> T
     save = (kept,) if p.autocast else (kept, *items)
     scanned = tape.op(items, n.v, save=save, back_temp=n.v + 2 * max(n.p, n.q, n.v))
     tape.free(kept)
+    # the last chunk's new values and what it read from the state stay named
+    named = None if tape.recording else tape.new(2 * n.v // n.chunks)
     core = tape.op((scanned,), n.v)  # the result is in another layout than what follows
-    tape.free(scanned)
+    tape.free(scanned, named)
     return core
 
 
@@ -203,6 +210,6 @@ def _gated_norm(tape: Tape, p: Pass, core: Tensor, z: Tensor, spec: Attention) -
     tape.free(gate)
     product = tape.op((normed, active), wide, save=(normed, active))
     tape.free(normed, active)
-    out = tape.op((product,), core.bytes)
+    out = tape.op((product,), core.bytes, width=core.width)
     tape.free(product)
     return out

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import cache
+from typing import Any
 
 import msgspec
 from msgspec import Struct
@@ -24,7 +25,10 @@ class Pass(Struct, frozen=True, kw_only=True):
     width: int = 2
     """Bytes of an activation in the compute dtype."""
     stream: int = 2
-    """Bytes of the residual stream: 4 where frozen norms were upcast to float32."""
+    """Bytes of an element of the residual stream where the pass begins: 4 where embeddings were upcast to
+    float32, or where an earlier layer answered in float32."""
+    upcast: bool = False
+    """Frozen weights that are not quantized were upcast to float32."""
     autocast: bool = False
     quant: str = "none"
     full: bool = False
@@ -40,10 +44,24 @@ class Pass(Struct, frozen=True, kw_only=True):
     dora: bool = False
     liger: bool = False
     attention: str = "sdpa"
+    layer_norm: str = "fused"
+    """How LayerNorms are written: fused (`nn.LayerNorm`: float32 under autocast), returned (the same, cast
+    back), by_hand (Cohere's, operator by operator), lowered (Nemotron's, in 16 bits)."""
     float32_norm: bool = False
     """RMS norms multiply by their weight before they leave float32 (Gemma, OLMo 2)."""
     concatenated_rope: bool = False
     """Rotated and untouched parts of a head are concatenated: another memory layout for attention."""
+    float32_rope: bool = False
+    """Queries and keys are rotated in float32 (Cohere)."""
+    keeps_attention: bool = False
+    """A layer's frame names attention's output while its feed-forward runs (GPT-2, StableLM)."""
+    keeps_normed: bool = False
+    """The same for attention's normed input."""
+    inline_feed_forward: bool = False
+    """The feed-forward is written out in the layer's forward, whose input goes with its first one (OPT)."""
+    embeddings: str = ""
+    """What follows the embeddings before the first layer: a product or a sum (moved), a sum with position
+    embeddings that stay named, of one sequence (positioned) or of all (placed), a norm (normed)."""
     masked: bool = False
     """A padding mask is really there (ragged batches), so sdpa cannot use its causal fast path."""
 
@@ -59,6 +77,27 @@ class Numerics(Struct, frozen=True):
     transformers: str
     float32_norm: frozenset[str]
     concatenated_rope: frozenset[str]
+    float32_rope: frozenset[str]
+    keeps_attention: frozenset[str]
+    keeps_normed: frozenset[str]
+    inline_feed_forward: frozenset[str]
+    layer_norm: dict[str, str]
+    embeddings: dict[str, str]
+
+
+def habits(model_type: str) -> dict[str, Any]:
+    """What the code of a model_type says of a pass, as fields of `Pass`."""
+    facts = numerics()
+    return {
+        "float32_norm": model_type in facts.float32_norm,
+        "concatenated_rope": model_type in facts.concatenated_rope,
+        "float32_rope": model_type in facts.float32_rope,
+        "keeps_attention": model_type in facts.keeps_attention,
+        "keeps_normed": model_type in facts.keeps_normed,
+        "inline_feed_forward": model_type in facts.inline_feed_forward,
+        "embeddings": facts.embeddings.get(model_type, ""),
+        "layer_norm": facts.layer_norm.get(model_type, "fused"),
+    }
 
 
 @cache

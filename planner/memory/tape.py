@@ -51,10 +51,12 @@ def booked(n: int) -> int:
 class Tensor:
     """A storage: its bytes, how many hold it, and whether gradients flow to it."""
 
-    __slots__ = ("base", "booked", "bytes", "grad", "leaf", "needs_grad", "refs")
+    __slots__ = ("base", "booked", "bytes", "grad", "leaf", "needs_grad", "refs", "width")
 
-    def __init__(self, n: int, needs_grad: bool = False, leaf: bool = False) -> None:
+    def __init__(self, n: int, needs_grad: bool = False, leaf: bool = False, width: int = 2) -> None:
         self.bytes = n
+        self.width = width
+        """Bytes of an element: what consumers that keep their input's dtype go by."""
         self.booked = n
         """Bytes freed with it: 0 for what recomputation never reaches."""
         self.base: Tensor | None = None
@@ -124,9 +126,9 @@ class Tape:
         if self.live + n > self.peak and not self.stopped:
             self.peak = self.live + n
 
-    def new(self, n: int, needs_grad: bool = False) -> Tensor:
+    def new(self, n: int, needs_grad: bool = False, width: int = 2) -> Tensor:
         """Allocate a tensor of `n` bytes, held once."""
-        tensor = Tensor(rounded(n), needs_grad)
+        tensor = Tensor(rounded(n), needs_grad, width=width)
         if self.stopped:
             tensor.booked = 0
             return tensor
@@ -170,8 +172,10 @@ class Tape:
         save_out: bool = False,
         grad_bytes: int | None = None,
         save_weight: bool = False,
+        width: int = 0,
     ) -> Tensor:
-        """Run an op: allocate `temp` during it, then its output.
+        """Run an op: allocate `temp` during it, then its output, of the first input's dtype unless `width`
+        says otherwise.
 
         `save`: inputs autograd keeps for backward (activations only; weights are counted elsewhere, and
         `save_weight` says that one is kept). `back_temp`: bytes its backward needs besides the gradients.
@@ -183,7 +187,7 @@ class Tape:
         self.saving_ops += saves and not save_out
         if temp:
             self.touch(temp + rounded(out_bytes))
-        out = self.new(out_bytes, any(t.needs_grad for t in inputs))
+        out = self.new(out_bytes, any(t.needs_grad for t in inputs), width or inputs[0].width)
         self.saving_ops += saves and save_out
         if records:
             saved = [*save, out] if save_out else list(save)
@@ -195,7 +199,7 @@ class Tape:
     def view(self, base: Tensor, n: int) -> Tensor:
         """`n` bytes of `base`: keeps all of it alive; its gradient comes back as a zero-padded full-size
         tensor."""
-        out = Tensor(rounded(n), base.needs_grad)
+        out = Tensor(rounded(n), base.needs_grad, width=base.width)
         out.base = self.hold(base)
         if out.needs_grad and self.recording:
             self._nodes.append(_Node((base,), out, (), 0))
@@ -203,10 +207,17 @@ class Tape:
 
     def add(self, a: Tensor, b: Tensor, n: int | None = None) -> Tensor:
         """`a + b`: saves nothing; both inputs receive the very gradient of the sum."""
-        out = self.new(max(a.bytes, b.bytes) if n is None else n, a.needs_grad or b.needs_grad)
+        n = max(a.bytes, b.bytes) if n is None else n
+        out = self.new(n, a.needs_grad or b.needs_grad, max(a.width, b.width))
         if out.needs_grad and self.recording:
             self._nodes.append(_Node((a, b), out, (), 0, alias=True))
         return out
+
+    def cast(self, x: Tensor, width: int) -> Tensor:
+        """`x.to(dtype)`: a copy, or `x` itself held once more where it has that width already."""
+        if x.width == width:
+            return self.hold(x)
+        return self.op((x,), x.bytes * width // x.width, width=width)
 
     def cached(self, key: object, weight: Tensor, n: int) -> Tensor:
         """autocast's copy of a float32 leaf weight: made once, kept until the autocast context is left."""
@@ -262,8 +273,11 @@ class Tape:
 
     def _pass_on(self, node: _Node, grad: Tensor) -> None:
         for tensor in node.inputs:
-            if tensor.needs_grad:
-                self._accumulate(tensor, self.hold(grad))
+            if not tensor.needs_grad:
+                continue
+            # an operand that the sum widened gets its gradient cast back
+            cast = tensor.width < node.out.width
+            self._accumulate(tensor, self.new(tensor.bytes) if cast else self.hold(grad))
         self.free(grad)
 
     def _accumulate(self, tensor: Tensor, new: Tensor) -> None:

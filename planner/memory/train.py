@@ -6,17 +6,18 @@ micro-batch at a time, gradients dropped after each step. Shape legend as in `fo
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import lru_cache
 from itertools import accumulate
 
+from msgspec.structs import replace
+
 from planner.memory.adapters import adapter_parameters, fuses_experts
-from planner.memory.forward import Pass, numerics
 from planner.memory.head import HeadCost, ending, head_cost
 from planner.memory.lasting import Lasting, lasting, trained_tensors
-from planner.memory.layer import LayerCost, layer_cost
+from planner.memory.layer import Through, embedded, layer_cost, through
 from planner.memory.moments import CardMemory, Snapshot, line, snapshot
 from planner.memory.optimizer import StateBytes, state_bytes
+from planner.memory.shapes import Pass, habits
 from planner.memory.tape import rounded
 from planner.memory.weights import WIDTH, load_transient_bytes, weight_bytes
 from planner.types import MemoryLine, Strategy, Workload
@@ -32,6 +33,7 @@ def training_pass(arch: Architecture, work: Workload, how: Strategy) -> Pass:
         train=True,
         width=width,
         stream=4 if how.upcast_frozen else width,
+        upcast=how.upcast_frozen,
         autocast=how.dtype != "fp32",
         quant=how.quant,
         full=work.method == "full",
@@ -44,8 +46,7 @@ def training_pass(arch: Architecture, work: Workload, how: Strategy) -> Pass:
         dora=work.lora_variant == "dora",
         liger=how.kernels == "liger",
         attention=how.attention,
-        float32_norm=arch.model_type in numerics().float32_norm,
-        concatenated_rope=arch.model_type in numerics().concatenated_rope,
+        **habits(arch.model_type),
     )
 
 
@@ -54,24 +55,26 @@ def training_memory(arch: Architecture, work: Workload, how: Strategy, workspace
     """All moments of a fine-tuning run. `workspace`: bytes of one cuBLAS workspace on this card."""
     p = training_pass(arch, work, how)
     fixed = lasting(arch, work, how, p, workspace)
-    costs = [layer_cost(layer, p, arch.hidden_size) for layer in arch.kinds]
+    start = embedded(arch, p)
+    p = replace(p, stream=start.width)
+    layers = through(arch, p)
     # liger's kernels bring its fused loss along (transformers `use_liger_kernel`)
     fused = how.loss == "fused" or how.kernels == "liger"
-    head = head_cost(ending(arch), p, fused)
+    head = head_cost(ending(arch), replace(p, stream=layers.width), fused)
     weights = weight_bytes(arch, how.quant, how.quant_experts, how.dtype)
     load = weights.total(arch.order)
     # one float32 copy of the logits is the biggest block of a step
     block = 0 if fused else rounded(4 * p.tokens * arch.vocab_size)
     offload = how.activation_offload and how.gradient_checkpointing
     if how.gradient_checkpointing:
-        shots = _checkpointed(arch, work, p, fixed, costs, head, block, offload)
+        shots = _checkpointed(arch, work, p, fixed, layers, head, block, offload, start.kept)
     else:
-        shots = _recorded(arch, work, p, fixed, costs, head, block)
+        shots = _recorded(arch, work, p, fixed, layers, head, block)
     return CardMemory(
         load_bytes=load,
         load_peak_bytes=load + load_transient_bytes(weights, how.quant),
         managed_bytes=fixed.state.managed,
-        host_bytes=arch.layers * _stream(arch, p) if offload else 0,
+        host_bytes=sum(layers.inputs) if offload else 0,
         dequantized_bytes=weights.largest_unquantized if how.quant != "none" else 0,
         snapshots=(*shots, _optimizer_step(fixed)),
     )
@@ -106,53 +109,58 @@ def _checkpointed(
     work: Workload,
     p: Pass,
     fixed: Lasting,
-    costs: list[LayerCost],
+    layers: Through,
     head: HeadCost,
     block: int,
     offload: bool,
+    beside: int,
 ) -> list[Snapshot]:
-    stream = _stream(arch, p)
-    leaked = sum(costs[kind].leaked for kind in arch.order)
-    on_card = min(arch.layers, IN_FLIGHT) if offload else arch.layers
+    costs, on_card = layers.costs, min(arch.layers, IN_FLIGHT) if offload else arch.layers
+    leaked = sum(cost.leaked for cost in costs)
+    # on the card when layer i - 1 has run: its input and those before it
+    alive = [sum(layers.inputs[max(0, i - on_card) : i]) for i in range(arch.layers + 1)]
     inputs = line(
-        "checkpoints",
-        on_card * stream,
-        f"{on_card} layer inputs x {p.tokens} tokens x {arch.hidden_size}",
+        "checkpoints", alive[-1], f"{on_card} layer inputs x {p.tokens} tokens x {arch.hidden_size}"
     )
     kept = line(
         "kept by int8 matmuls", leaked, "inputs of quantized linears, held by ctx through checkpointing"
     )
+    embeds = line("embeddings", beside, "their output, kept beside the first layer's input")
     waiting = line("gradients", fixed.accumulated, ACCUMULATED)
     cached = line("autocast copies", _cached_adapters(arch, work, p), "16-bit adapters until forward is left")
-    at = _deepest(arch, lambda i, kind: min(i + 1, on_card) * stream + costs[kind].forward_peak)
-    so_far = line("checkpoints", min(at + 1, on_card) * stream, inputs.formula)
-    work_there = _working(costs[arch.order[at]].forward_peak)
+    at = max(range(arch.layers), key=lambda i: alive[i + 1] + costs[i].forward_peak)
+    so_far = line("checkpoints", alive[at + 1], inputs.formula)
+    work_there = _working(costs[at].forward_peak)
     shots = [
-        snapshot("forward", (*fixed.lines, waiting, so_far, kept, cached, work_there)),
+        snapshot("forward", (*fixed.lines, waiting, embeds, so_far, kept, cached, work_there)),
         snapshot(
             "loss",
-            (*fixed.lines, waiting, inputs, kept, cached, _loss(head.forward_peak, arch, p)),
+            (*fixed.lines, waiting, embeds, inputs, kept, cached, _loss(head.forward_peak, arch, p)),
             block,
         ),
-        snapshot("loss", (*fixed.lines, waiting, inputs, kept, _loss(head.backward_peak, arch, p)), block),
+        snapshot(
+            "loss",
+            (*fixed.lines, waiting, embeds, inputs, kept, _loss(head.backward_peak, arch, p)),
+            block,
+        ),
     ]
-    alive, grads, held = arch.layers, head.gradients, leaked
-    for kind in reversed(arch.order):
-        cost = costs[kind]
+    grads, held = head.gradients, leaked
+    for i in reversed(range(arch.layers)):
         shots.append(
             snapshot(
                 "backward",
                 (
                     *fixed.lines,
-                    line("checkpoints", min(alive, on_card) * stream, "layer inputs still needed"),
+                    embeds,
+                    line("checkpoints", alive[i + 1], "layer inputs still needed"),
                     line("kept by int8 matmuls", held, kept.formula),
                     line("gradients", max(grads, fixed.accumulated), DONE),
-                    _working(cost.recompute_peak),
+                    _working(costs[i].recompute_peak),
                 ),
             )
         )
-        alive, grads, held = alive - 1, grads + cost.gradients, held - cost.leaked
-    shots.append(_embedding_backward(fixed, stream))
+        grads, held = grads + costs[i].gradients, held - costs[i].leaked
+    shots.append(_embedding_backward(fixed, _stream(arch, p)))
     return shots
 
 
@@ -161,27 +169,26 @@ def _recorded(
     work: Workload,
     p: Pass,
     fixed: Lasting,
-    costs: list[LayerCost],
+    layers: Through,
     head: HeadCost,
     block: int,
 ) -> list[Snapshot]:
-    stream = _stream(arch, p)
-    layers = [costs[kind] for kind in arch.order]
+    stream, costs = _stream(arch, p), list(layers.costs)
     if not p.full:  # nothing asks the embeddings for a gradient: the first layer's frozen part saves less
-        layers[0] = layer_cost(arch.kinds[arch.order[0]], p, arch.hidden_size, True)
-    before = list(accumulate((cost.saved for cost in layers), initial=0))
+        costs[0] = layer_cost(arch.kinds[arch.order[0]], p, arch.hidden_size, True)
+    before = list(accumulate((cost.saved for cost in costs), initial=0))
     total = before[-1]
-    at = _deepest(arch, lambda i, _: before[i] + layers[i].record_peak)
+    at = max(range(arch.layers), key=lambda i: before[i] + costs[i].record_peak)
     waiting = line("gradients", fixed.accumulated, ACCUMULATED)
     saved = line("activations", total, f"saved by {arch.layers} layers x {p.tokens} tokens")
-    so_far = line("activations", before[at] + 2 * stream, f"saved by {at} layers, residual stream")
+    so_far = line("activations", before[at] + 2 * layers.inputs[at], f"saved by {at} layers, residual stream")
     shots = [
-        snapshot("forward", (*fixed.lines, waiting, so_far, _working(layers[at].record_peak))),
+        snapshot("forward", (*fixed.lines, waiting, so_far, _working(costs[at].record_peak))),
         snapshot("loss", (*fixed.lines, waiting, saved, _loss(head.forward_peak, arch, p)), block),
         snapshot("loss", (*fixed.lines, waiting, saved, _loss(head.backward_peak, arch, p)), block),
     ]
     grads = head.gradients
-    for cost in reversed(layers):
+    for cost in reversed(costs):
         total -= cost.saved
         shots.append(
             snapshot(
@@ -201,13 +208,6 @@ def _recorded(
 
 ACCUMULATED = "of earlier micro-batches, waiting for the optimizer step"
 DONE = "of the layers already done, or of earlier micro-batches"
-
-
-def _deepest(arch: Architecture, alive: Callable[[int, int], int]) -> int:
-    """Index of the layer where most is alive running forward; `alive` of index and kind. Of equal layers only
-    the last matters, since more is kept with every layer."""
-    last = {kind: i for i, kind in enumerate(arch.order)}
-    return max(last.values(), key=lambda i: alive(i, arch.order[i]))
 
 
 def _working(n: int) -> MemoryLine:

@@ -9,6 +9,7 @@ from rich.table import Table
 from rich.text import Text
 
 from planner.render import describe
+from planner.render.narrow import TurningTable
 from planner.render.text import STYLES, UNKNOWN, gib, parameters, rate, tokens, verdict, with_interval
 from planner.reverse import ModelFit
 from profiles.schema import GpuProfile, ModelProfile
@@ -16,7 +17,7 @@ from profiles.schema import GpuProfile, ModelProfile
 
 def new_table(*columns: str, left: int = 1, title: str | None = None) -> Table:
     """A table without frames whose first `left` columns hold names and the others numbers."""
-    table = Table(
+    table = TurningTable(
         box=box.SIMPLE_HEAD,
         show_edge=False,
         pad_edge=False,
@@ -25,6 +26,7 @@ def new_table(*columns: str, left: int = 1, title: str | None = None) -> Table:
         title_justify="left",
         title_style="bold",
     )
+    table.names = left
     for i, column in enumerate(columns):
         names = i < left
         table.add_column(

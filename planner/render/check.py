@@ -257,7 +257,7 @@ def _print_smallest(out: Console, survey: Survey) -> None:
         return
     out.print()
     table = new_table("job", "smallest cards that hold all of it")
-    table.columns[1].justify, table.columns[1].no_wrap, table.columns[1].overflow = "left", True, "ellipsis"
+    table.columns[1].justify, table.columns[1].no_wrap = "left", False
     for label, cards in rows:
         table.add_row(label, ", ".join(cards) if cards else "none of the catalogue")
     out.print(table)

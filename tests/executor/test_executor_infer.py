@@ -13,6 +13,7 @@ from conftest import make_plan, strategy
 
 from executor.cli import main
 from executor.errors import BadOption
+from executor.infer import _refuse_empty
 from executor.prompts import encode, longest, render
 from executor.tiny import byte_tokenizer
 from planner.types import Workload
@@ -209,3 +210,21 @@ def test_quantized_cache_answers_long_prompts_nearly_as_the_dynamic_one(tiny: Pa
         exact = model(input_ids=ids).logits[0, -1]
     difference = (near - exact).norm() / exact.norm()
     assert 0 < difference < 0.05, difference
+
+
+def test_more_tokens_than_the_model_was_made_for_are_told_before_and_after(
+    tmp_path: Path, tiny: Path, capsys: Any
+) -> None:
+    context = json.loads((tiny / "config.json").read_text())["max_position_embeddings"]
+    run(plan_of(tmp_path, tiny, new=2), tmp_path / "o", "--prompt", "x" * context, "--greedy")
+    said = f"and 2 new tokens are more than the {context} this model was made for"
+    assert said in capsys.readouterr().err
+    assert any(said in note for note in report(tmp_path / "o")["notes"])
+
+
+def test_an_empty_prompt_without_a_template_is_refused() -> None:
+    tokenizer = byte_tokenizer()
+    _refuse_empty([render("", tokenizer)], tokenizer)
+    tokenizer.chat_template = None
+    with pytest.raises(BadOption, match="prompt 2 is empty"):
+        _refuse_empty(["x", render("", tokenizer)], tokenizer)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import struct
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -149,3 +151,25 @@ def test_foreign_and_no_weights(tmp_path: Path) -> None:
     (tmp_path / "model.safetensors").write_bytes(b"\x80\x02pickle...")
     with pytest.raises(BadWeights, match="is no safetensors file"):
         check_weights(tmp_path)
+
+
+def test_a_lock_file_removed_under_the_lock_is_made_anew(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Between opening the file and locking it, its last holder may have tidied it away."""
+    lock, real = fcntl.flock, tmp_path / "o" / ".lock"
+    calls = []
+
+    def late(file: Any, how: int) -> None:
+        if not calls:
+            real.unlink()
+        calls.append(how)
+        lock(file, how)
+
+    monkeypatch.setattr("executor.output.fcntl.flock", late)
+    first = OutputDirectory(tmp_path / "o")
+    first.open("digest", {}, restart=False)
+    assert len(calls) == 2 and real.exists()
+    with pytest.raises(DirectoryInUse):
+        OutputDirectory(tmp_path / "o").open("digest", {}, restart=False)
+    first.close()

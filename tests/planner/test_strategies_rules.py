@@ -56,6 +56,12 @@ def rule(machine, workload, strategy, arch=QWEN):
         ("no_bf16", card("t4"), INFER, Strategy(dtype="bf16")),
         ("full_fp16", card("t4"), FULL, Strategy(dtype="fp16")),
         ("old_for_int8", card("v100-pcie-16gb"), INFER, Strategy(dtype="fp16", quant="int8")),
+        (
+            "rmsprop_bf16",
+            card("h200"),
+            Workload(task="train", method="full"),
+            Strategy(optimizer="rmsprop_bnb"),
+        ),
         ("paged_elsewhere", card("rx-7900-xtx"), QLORA, Strategy(quant="nf4", optimizer="paged_adamw_8bit")),
         (
             "flash_attention_without_card",

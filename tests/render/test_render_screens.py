@@ -90,9 +90,14 @@ def test_screen(name: str, width: int) -> None:
     assert max(map(len, got.splitlines())) <= width
 
 
+@pytest.mark.parametrize("width", [40, 80])
 @pytest.mark.parametrize("name", SCREENS)
-def test_nothing_is_cut_at_80_columns(name: str) -> None:
-    assert "…" not in drawn(name, 80)
+def test_nothing_is_cut(name: str, width: int) -> None:
+    """Where columns do not fit each row is a block, a line for each column."""
+    wide, narrow = drawn(name, 140), drawn(name, width)
+    assert "…" not in narrow and max(map(len, narrow.splitlines())) <= width
+    words = {word for word in wide.split() if len(word) < 25 and "─" not in word}
+    assert not words - set(narrow.split())
 
 
 def test_colour_adds_no_words() -> None:

@@ -59,7 +59,7 @@ def test_training_the_head_keeps_its_input_and_leaves_a_gradient() -> None:
 
 
 def test_an_upcast_head_is_cast_back_for_its_product() -> None:
-    cost = head_cost(END, replace(FROZEN, stream=4), False)
+    cost = head_cost(END, replace(FROZEN, stream=4, upcast=True), False)
     weight = 1000 * 64 * 2
     # hidden states are float32 here (2 U): no copy in the norm, whose input stays
     assert cost.saved == 2 * U + 256 * 4 + weight + LOSS + 2 * L

@@ -221,11 +221,12 @@ class TestNorms:
 
     def test_layer_norm_runs_in_float32_under_autocast(self) -> None:
         peak, saved = self.peak(FROZEN, Norm("n", 64, "layer", bias=True))
-        assert (peak, saved) == (4 * self.N + 4 * self.N + 2 * self.N, 4 * self.N)
+        # its input as float32, which is kept, and the answer, which stays float32
+        assert (peak, saved) == (4 * self.N + 4 * self.N, 4 * self.N)
 
     def test_upcast_streams_need_no_copy(self) -> None:
         tape = Tape()
-        x = Tensor(4 * self.N, needs_grad=True)
+        x = Tensor(4 * self.N, needs_grad=True, width=4)
         norm(tape, replace(FROZEN, stream=4), x, Norm("n", 64), 256)
         # square and mean; then the scaled input, and the weighted one
         assert tape.peak == max(4 * self.N + ROW, ROW + 4 * self.N + 4 * self.N)
