@@ -153,7 +153,7 @@ def test_what_the_user_fixed_stays_fixed():
         (card("h200"), QLORA, {"quant": "none"}, "QLoRA"),
         (card("h200"), LORA, {"placement": "disk_offload"}, "accelerate's offload"),
         (card("h200"), INFER, {"quant": "nf4", "placement": "disk_offload"}, "unquantized"),
-        (card("h200"), FULL, {"placement": "mixed_offload"}, "never back"),
+        (card("h200"), FULL, {"engine": "stream", "placement": "mixed_offload"}, "never back"),
         (no_card(), INFER, {"placement": "full_gpu"}, "no card"),
         (card("h200"), INFER, {"engine": "stream", "placement": "full_gpu"}, "mixed_offload"),
         (card("t4"), INFER, {"dtype": "bf16", "placement": "full_gpu"}, "bf16"),
@@ -184,19 +184,23 @@ def test_search_covers_placements_and_precisions():
     ways = {(each.placement, each.quant) for each in legal}
     assert ways == {
         ("full_gpu", "none"), ("full_gpu", "int8"), ("full_gpu", "nf4"), ("mixed_offload", "none"),
-        ("mixed_offload", "int8"), ("mixed_offload", "nf4"), ("disk_offload", "none"), ("cpu", "none"),
-        ("cpu", "int8"), ("cpu", "nf4"),
+        ("disk_offload", "none"), ("cpu", "none"), ("cpu", "int8"), ("cpu", "nf4"),
     }  # fmt: skip
     assert {(each.strategy.placement, each.strategy.quant) for each in rejected} == {
-        ("disk_offload", quant) for quant in ("int8", "nf4")
+        (placement, quant) for placement in ("mixed_offload", "disk_offload") for quant in ("int8", "nf4")
     }
     engines = {(each.placement, each.engine) for each in legal}
     assert engines == {
-        ("full_gpu", "resident"), ("mixed_offload", "stream"), ("mixed_offload", "accelerate"),
-        ("disk_offload", "accelerate"), ("cpu", "resident"),
+        ("full_gpu", "resident"), ("mixed_offload", "accelerate"), ("disk_offload", "accelerate"),
+        ("cpu", "resident"),
     }  # fmt: skip
-    quantized = {each.engine for each in legal if each.placement == "mixed_offload" and each.quant != "none"}
-    assert quantized == {"stream"}, "accelerate leaves what it offloads unquantized"
+
+
+def test_streaming_is_searched_where_it_is_asked_for():
+    for placement in ({}, {"placement": "mixed_offload"}):
+        legal, _ = legal_strategies(QWEN, card("rtx-3090"), INFER, {"engine": "stream", **placement})
+        assert {(each.placement, each.engine) for each in legal} == {("mixed_offload", "stream")}
+        assert {each.quant for each in legal} == {"none", "int8", "nf4"}
 
 
 def test_a_card_that_is_missing_is_said_once():
