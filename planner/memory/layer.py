@@ -261,7 +261,10 @@ def feed_forward(tape: Tape, p: Pass, y: Tensor, spec: FeedForward) -> Tensor:
     if not spec.linears:
         return _routed(tape, p, y, spec.experts, spec.activation)
     gate = next((item for item in spec.linears if item.outputs == 1), None)
-    if gate is None:  # DeepSeek and its kin run the routed experts first
+    if gate is None and p.shared_first:
+        dense = _dense(tape, p, y, spec)
+        routed = _routed(tape, p, y, spec.experts, spec.activation)
+    elif gate is None:  # DeepSeek and its kin run the routed experts first
         routed = _routed(tape, p, y, spec.experts, spec.activation)
         dense = _dense(tape, p, y, spec)
     else:
@@ -338,8 +341,9 @@ def _routed(tape: Tape, p: Pass, y: Tensor, spec: Experts, act: str) -> Tensor:
     scores = tape.op(
         (y,), t * spec.count * 4, save=(y,) if p.full else (), save_out=True, temp=t * spec.count * w
     )
-    weights = tape.op((scores,), pairs * w)
-    picked = tape.op((y,), pairs * d * w)  # hidden_states[perm // k]
+    handed = 4 if p.float32_routers else w
+    weights = tape.op((scores,), pairs * handed, width=handed)
+    picked = tape.op((y,), pairs * d * w, width=w)  # hidden_states[perm // k]
     index = tape.new(pairs * 8 * 3)
     up_spec, down_spec = _expert_weights(spec, d)
     if not p.train and p.seq == 1 and spec.fused:
@@ -355,12 +359,19 @@ def _routed(tape: Tape, p: Pass, y: Tensor, spec: Experts, act: str) -> Tensor:
     tape.free(both, gate, up, active)
     out = tape.op((middle, down_w), pairs * d * w, save=(middle,) if p.full else ())
     tape.free(middle)
-    weighted = tape.op((out, weights), pairs * d * w, save=(out, weights, index))
-    restored = tape.op((weighted,), pairs * d * w)
+    wide = max(w, weights.width)
+    # the gradient of a weight is a product with every feature, summed; that of an output is cast back
+    back = pairs * d * (wide if wide == w else 2 * wide - w)
+    weighted = tape.op(
+        (out, weights), pairs * d * wide, save=(out, weights, index), back_temp=back, width=wide
+    )
+    restored = tape.op((weighted,), pairs * d * wide, save=(index,))
     tape.free(weighted)
-    total = tape.op((restored,), t * d * y.width, width=y.width)
-    tape.free(restored, scores, weights, index, out, picked)
-    return total
+    added = 4 if p.autocast else wide  # autocast asks `sum` for float32
+    total = tape.op((restored,), t * d * added, width=added)
+    out_total = tape.cast(total, y.width)
+    tape.free(total, restored, scores, weights, index, out, picked)
+    return out_total
 
 
 def _expert_weights(spec: Experts, d: int) -> tuple[int, int]:
