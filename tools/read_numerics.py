@@ -14,10 +14,10 @@ Habits of the modelling code change what autograd keeps, and no config field tel
 * inline: a feed-forward written out in the layer's own forward lets its input go after the first linear.
 * routers: where the weights of the chosen experts stay float32, so do the experts' weighted outputs; autocast
   decides otherwise than the code says (`sum` answers in float32, `linear` in 16 bits);
-* shared_first: shared experts run before the routed ones.
+* shared_first: shared experts run before the routed ones; clamped_experts: they bound gate and up (GPT-OSS).
 
-Writes {"transformers": version, one list of model types a habit, "layer_norm", "embeddings" and "routers":
-{model type: form}}.
+Writes {"transformers": version, one list of model types a habit, "layer_norm", "embeddings", "routers" and
+"eager" (attention with sinks): {model type: form}}.
 Usage: python tools/read_numerics.py OUT.json
 """
 
@@ -242,7 +242,23 @@ def _shared_first(tree: ast.Module) -> bool:
     return False
 
 
+def _clamped_experts(tree: ast.Module) -> bool:
+    """Do experts clamp gate and up before they meet?"""
+    experts = [n for n in tree.body if isinstance(n, ast.ClassDef) and n.name.endswith("Experts")]
+    return any("gate.clamp(" in ast.unparse(node) and "alpha" in ast.unparse(node) for node in experts)
+
+
+def _eager(tree: ast.Module) -> str | None:
+    """Eager attention whose softmax stays in its input's dtype (shifted), or is rescaled by a sink."""
+    for node in tree.body:
+        if isinstance(node, ast.FunctionDef) and node.name == "eager_attention_forward":
+            text = ast.unparse(node)
+            return "shifted" if ".max(dim=-1" in text else "rescaled" if "logsumexp" in text else None
+    return None
+
+
 HABITS = {
+    "clamped_experts": _clamped_experts,
     "shared_first": _shared_first,
     "float32_norm": _float32_norm,
     "concatenated_rope": _concatenated_rope,
@@ -251,7 +267,7 @@ HABITS = {
     "inline_feed_forward": _inline,
     "keeps_normed": lambda tree: "normed" in _names_at_feed_forward(tree),
 }
-FORMS = {"layer_norm": _layer_norm, "embeddings": _embeddings, "routers": _routers}
+FORMS = {"layer_norm": _layer_norm, "embeddings": _embeddings, "routers": _routers, "eager": _eager}
 
 
 if __name__ == "__main__":

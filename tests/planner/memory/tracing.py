@@ -6,8 +6,8 @@ statements, weights and library workspaces apart.
 
 Where the CPU is not a GPU: its dropout keeps a float mask (CUDA: one byte an element), so jobs here have
 none; its autocast leaves LayerNorm in bfloat16 (CUDA: float32), so only models with RMSNorm are compared; it
-leaves sums in bfloat16 too (CUDA: float32), which is made up for here; and memory that a kernel takes for itself
-is not seen.
+leaves sums in bfloat16 too (CUDA: float32), which is made up for here; and memory that a kernel takes for
+itself is not seen.
 """
 
 from __future__ import annotations
