@@ -82,7 +82,7 @@ def test_a_name_with_a_line_break_stays_in_its_line(tmp_path: Path, capsys: Any)
     [
         ["--packing"],
         ["--epochs", 2],
-        ["--max-steps", 3],
+        ["--save-steps", 3],
         ["--lr-schedule", "cosine"],
         ["--report-to", "tensorboard"],
     ],
