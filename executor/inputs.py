@@ -13,8 +13,8 @@ from executor.sampling import check_sampling
 from planner.types import Workload
 
 _GENERATION = ("max_new_tokens", "greedy", "temperature", "top_p")
+# not among them: max_steps, which bounds any run and is given to folders of plans of both tasks
 _TRAINING = (
-    "max_steps",
     "learning_rate",
     "lr_schedule",
     "warmup_ratio",

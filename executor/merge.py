@@ -90,15 +90,28 @@ def _adapter(run: Path) -> Path:
             f"{run / 'model'} is already a standalone model",
         )
     if not run.is_dir():
-        raise BadOption(f"{run} is not there", "give the --output folder of a run")
+        what = "is no folder" if run.exists() else "is not there"
+        raise BadOption(f"{run} {what}", "give the --output folder of a run")
     if (run / "outputs.jsonl").exists():
         raise BadOption(f"{run} generated text and trained nothing")
+    if _is_rehearsal(run):
+        raise BadOption(
+            f"{run} is a rehearsal: its weights were random and nothing of it was kept",
+            "train with `executor run`",
+        )
     if (run / "run.json").exists():
         raise BadOption(
             f"the run in {run} is not finished and has no adapter yet",
             "the same `executor run` goes on with it; a checkpoint folder in it can be merged too",
         )
     raise BadOption(f"{run} holds no run and no adapter", "give the --output folder of a run")
+
+
+def _is_rehearsal(run: Path) -> bool:
+    try:
+        return bool(json.loads((run / "run.json").read_text())["settings"]["rehearse"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
 
 
 def _base(adapter: Path, given: Path | None) -> Path:
@@ -228,6 +241,6 @@ def _show(done: Merged, json_: bool) -> None:
         f"{done.output}: a standalone model, {format_bytes(done.bytes)} in {done.seconds:.1f} s "
         f"({format_bytes(int(speed))}/s), {done.changed} of {done.tensors} tensors changed"
     )
-    print(f"folded into the weights in {done.base}, in their own dtype (not in the run's quantized copy)")
+    print(f"folded into the weights in {done.base}, in their own dtype")
     if done.untied:
         print("input and output embedding were one tensor and are two now (tie_word_embeddings: false)")

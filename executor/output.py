@@ -61,8 +61,13 @@ class OutputDirectory:
         except OSError as error:
             self.forget_if_empty()
             self.close()
+            what = (
+                "it is no folder"
+                if isinstance(error, FileExistsError | NotADirectoryError)
+                else error.strerror
+            )
             raise DirectoryInUse(
-                f"cannot write to {self.path}: {error.strerror}",
+                f"cannot write to {self.path}: {what}",
                 "give a folder with space that you may write to with --output",
             ) from None
         except BaseException:
@@ -116,6 +121,7 @@ class OutputDirectory:
         self._state["status"] = "finished"
         self._write_state()
         shutil.rmtree(self.path / ".left", ignore_errors=True)
+        self.sweep()
 
     @property
     def reached(self) -> tuple[int, tuple[str, ...]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -31,6 +32,11 @@ def show(report: RunReport, candidate: Candidate, folder: Path) -> None:
     from rich.markup import escape
 
     console = Console(highlight=False)
+    answer = (
+        None if sys.stdout.isatty() else _only_answer(folder)
+    )  # on a terminal it was shown as it was made
+    if answer is not None:
+        print(answer, end="\n\n")
     console.print(_head(report))
     console.print(_table(report, candidate))
     if report.task == "train" and report.losses:
@@ -40,6 +46,15 @@ def show(report: RunReport, candidate: Candidate, folder: Path) -> None:
     for name in ("adapter", "model", "outputs.jsonl", "report.json"):
         if (folder / name).exists():
             console.print(f"{name:<14} {escape(str(folder / name))}", soft_wrap=True)
+
+
+def _only_answer(folder: Path) -> str | None:
+    """The text of a run that answered one prompt."""
+    try:
+        rows = (folder / "outputs.jsonl").read_text().splitlines()
+    except OSError:
+        return None
+    return str(json.loads(rows[0])["text"]) if len(rows) == 1 else None
 
 
 def show_left(tried: Sequence[tuple[Candidate, Shortage | None, str]], before: Sequence[str]) -> None:
@@ -77,10 +92,12 @@ def _way(candidate: Candidate) -> str:
 
 
 def _head(report: RunReport) -> str:
+    from rich.markup import escape
+
     strategy = report.strategy
     job = report.workload.method if report.task == "train" else "inference"
     return (
-        f"[bold]{report.model.id}[/bold]  {job}, {strategy.dtype}, weights {strategy.quant}, "
+        f"[bold]{escape(report.model.id)}[/bold]  {job}, {strategy.dtype}, weights {strategy.quant}, "
         f"engine {report.engine}, on {report.environment.get('gpu') or report.device}"
     )
 
@@ -107,7 +124,8 @@ def table_rows(report: RunReport, candidate: Candidate) -> list[tuple[str, float
     for name, (predicted, measured) in pairs(candidate, report).items():
         if predicted or measured:
             rows.append((_LABELS[name], predicted, measured))
-        if name == "allocated_peak_bytes":
+        # on the CPU the parts of the process cannot be told apart as the estimate does
+        if name == "allocated_peak_bytes" and report.load_bytes is not None:
             rows += components
     return rows
 

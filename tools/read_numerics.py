@@ -12,9 +12,12 @@ Habits of the modelling code change what autograd keeps, and no config field tel
 * embeddings: peft asks the embedding module's output for a gradient; where the model goes on with a product,
   a sum or a norm of it (moved, positioned, placed, normed), that output stays beside the first layer's input;
 * inline: a feed-forward written out in the layer's own forward lets its input go after the first linear.
+* routers: where the weights of the chosen experts stay float32, so do the experts' weighted outputs; autocast
+  decides otherwise than the code says (`sum` answers in float32, `linear` in 16 bits);
+* shared_first: shared experts run before the routed ones; clamped_experts: they bound gate and up (GPT-OSS).
 
-Writes {"transformers": version, one list of model types a habit, "layer_norm" and "embeddings": {model type:
-form}}.
+Writes {"transformers": version, one list of model types a habit, "layer_norm", "embeddings", "routers" and
+"eager" (attention with sinks): {model type: form}}.
 Usage: python tools/read_numerics.py OUT.json
 """
 
@@ -23,6 +26,7 @@ from __future__ import annotations
 import ast
 import json
 import os
+import re
 import sys
 from pathlib import Path
 
@@ -206,7 +210,56 @@ def _embeddings(tree: ast.Module) -> str | None:
     return None
 
 
+def _routers(tree: ast.Module) -> str | None:
+    """When experts are handed float32 weights: always, in inference, or in training (under autocast)."""
+    for node in tree.body:
+        if isinstance(node, ast.ClassDef) and "Router" in node.name and "topk" in ast.unparse(node):
+            text = ast.unparse(node)
+            break
+    else:
+        return None
+    if re.search(r"\.to\((hidden_states|router_logits|x)\.dtype\)|type_as\(hidden_states\)", text):
+        return None
+    explicit = "torch.float" in text or ".float()" in text
+    softmax = "softmax" in text and "dtype=router_top_value.dtype" not in text
+    logits_widened = re.search(r"\)\.to\(torch\.float32\)|logits\.(float|to|type)\(", text)
+    divided = re.search(r"= \w+ / \(?(\w+\.sum\(|denominator)", text)
+    training = softmax or logits_widened or divided
+    return (
+        "always" if explicit and training else "inference" if explicit else "training" if training else None
+    )
+
+
+def _shared_first(tree: ast.Module) -> bool:
+    """Do shared experts run before the routed ones?"""
+    for node in tree.body:
+        text = ast.unparse(node) if isinstance(node, ast.ClassDef) else ""
+        routed, shared = text.find("self.experts("), text.find("self.shared_expert")
+        calls = [text.find(f"self.shared_expert{end}(") for end in ("", "s")]
+        called = max(calls)
+        if routed > 0 and shared > 0 and called > 0:
+            return called < routed
+    return False
+
+
+def _clamped_experts(tree: ast.Module) -> bool:
+    """Do experts clamp gate and up before they meet?"""
+    experts = [n for n in tree.body if isinstance(n, ast.ClassDef) and n.name.endswith("Experts")]
+    return any("gate.clamp(" in ast.unparse(node) and "alpha" in ast.unparse(node) for node in experts)
+
+
+def _eager(tree: ast.Module) -> str | None:
+    """Eager attention whose softmax stays in its input's dtype (shifted), or is rescaled by a sink."""
+    for node in tree.body:
+        if isinstance(node, ast.FunctionDef) and node.name == "eager_attention_forward":
+            text = ast.unparse(node)
+            return "shifted" if ".max(dim=-1" in text else "rescaled" if "logsumexp" in text else None
+    return None
+
+
 HABITS = {
+    "clamped_experts": _clamped_experts,
+    "shared_first": _shared_first,
     "float32_norm": _float32_norm,
     "concatenated_rope": _concatenated_rope,
     "float32_rope": _float32_rope,
@@ -214,7 +267,7 @@ HABITS = {
     "inline_feed_forward": _inline,
     "keeps_normed": lambda tree: "normed" in _names_at_feed_forward(tree),
 }
-FORMS = {"layer_norm": _layer_norm, "embeddings": _embeddings}
+FORMS = {"layer_norm": _layer_norm, "embeddings": _embeddings, "routers": _routers, "eager": _eager}
 
 
 if __name__ == "__main__":

@@ -225,6 +225,9 @@ def _eager(tape: Tape, p: Pass, spec: Attention, q: Tensor, k: Tensor, v: Tensor
         tape.free(bounded)
     masked = tape.op((weights,), scores * width)
     tape.free(weights)
+    if p.eager == "shifted":
+        return _shifted(tape, p, spec, masked, keys, values)
+    share = _share_of_sink(tape, p, masked, p.tokens * heads) if p.eager == "rescaled" else None
     # softmax(dtype=float32) converts bfloat16 first (ATen/native/SoftMax.cpp)
     wide = tape.cast(masked, 4)
     soft = tape.op((wide,), scores * 4, save_out=True)
@@ -235,8 +238,43 @@ def _eager(tape: Tape, p: Pass, spec: Attention, q: Tensor, k: Tensor, v: Tensor
     factors = tuple(tape.cast(item, width) if p.autocast else tape.hold(item) for item in (answered, values))
     out = tape.op(factors, out_bytes, save=factors)
     tape.free(*factors)
+    if share is not None:
+        scaled = tape.op((out, share), out_bytes, save=(out, share))
+        tape.free(out, share)
+        out = scaled
     contiguous = tape.op((out,), out_bytes)
-    tape.free(out, answered, keys, values)
+    tape.named.append(answered)  # eager attention returns its weights
+    tape.free(out, keys, values)
+    return contiguous
+
+
+def _share_of_sink(tape: Tape, p: Pass, scores: Tensor, rows: int) -> Tensor:
+    """sigmoid(logsumexp(scores) - sink), which autocast works out of a float32 copy that stays."""
+    wide = tape.cast(scores, 4) if p.autocast else tape.hold(scores)
+    total = tape.op((wide,), rows * wide.width, save=(wide,), save_out=True)
+    tape.free(wide)
+    share = tape.op((total,), rows * p.width, save_out=True, width=p.width)
+    tape.free(total)
+    return share
+
+
+def _shifted(tape: Tape, p: Pass, spec: Attention, masked: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+    """models/gpt_oss/modeling_gpt_oss.py: a column more for the sink where there is one, less the maximum,
+    softmax in the dtype it has."""
+    n, combined = masked.bytes, masked
+    if any(item.name.endswith("sinks") for item in spec.parameters):
+        n += p.tokens * spec.heads * masked.width
+        combined = tape.op((masked,), n)
+        tape.free(masked)
+    shifted = tape.op((combined,), n)
+    tape.free(combined)
+    soft = tape.op((shifted,), n, save_out=True)
+    tape.free(shifted)
+    out_bytes = p.tokens * spec.heads * (spec.value_dim or spec.head_dim) * p.width
+    out = tape.op((soft, values), out_bytes, save=(soft, values), width=p.width)
+    contiguous = tape.op((out,), out_bytes)
+    tape.named.append(soft)
+    tape.free(out, keys, values)
     return contiguous
 
 

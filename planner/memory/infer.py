@@ -32,7 +32,7 @@ def prefill_pass(arch: Architecture, work: Workload, how: Strategy) -> Pass:
         stream=width,
         quant=how.quant,
         attention=how.attention,
-        **habits(arch.model_type),
+        **habits(arch.model_type, False),
         liger=False,
     )
 

@@ -157,25 +157,27 @@ def _recompute_peak(layer: Layer, p: Pass, n: int, output: int, saving_ops: int)
 
 
 def _forward(tape: Tape, p: Pass, x: Tensor, layer: Layer) -> Tensor:
+    out = (_parallel if layer.residual == "parallel" else _sequential)(tape, p, x, layer)
+    tape.free(*tape.named)
+    tape.named.clear()
+    return out
+
+
+def _sequential(tape: Tape, p: Pass, x: Tensor, layer: Layer) -> Tensor:
     """Residual stream of `layer`; norms in order: before, (after) attention, before, (after) feed-forward."""
-    if layer.residual == "parallel":
-        return _parallel(tape, p, x, layer)
     before, after = _norm_pairs(layer)
     h = x
-    named: list[Tensor] = []
-    """What the layer's frame names to its end."""
     if layer.attention.kind != "none":
-        mixed = _scaled(tape, layer, _mixer(tape, p, h, before[0], after[0], layer, named))
+        mixed = _scaled(tape, layer, _mixer(tape, p, h, before[0], after[0], layer))
         h = tape.add(x, mixed)
         if p.keeps_attention:
-            named.append(tape.hold(mixed))
+            tape.named.append(tape.hold(mixed))
         tape.free(mixed)
     if layer.feed_forward.kind == "none":
-        tape.free(*named)
         return h if h is not x else tape.hold(x)
     mixed = _scaled(tape, layer, _channel(tape, p, h, before[1], after[1], layer))
     out = tape.add(h, mixed)
-    tape.free(mixed, *named)
+    tape.free(mixed)
     if h is not x:
         tape.free(h)
     return out
@@ -208,20 +210,12 @@ def _norm_pairs(layer: Layer) -> tuple[Pair, Pair]:
     return (None, None), (None, None)
 
 
-def _mixer(
-    tape: Tape,
-    p: Pass,
-    h: Tensor,
-    before: Norm | None,
-    after: Norm | None,
-    layer: Layer,
-    named: list[Tensor],
-) -> Tensor:
+def _mixer(tape: Tape, p: Pass, h: Tensor, before: Norm | None, after: Norm | None, layer: Layer) -> Tensor:
     y = norm(tape, p, h, before, p.tokens) if before else tape.hold(h)
     # Decode and prefill add to the cache, which the caller counts.
     mixed = attention(tape, p, y, layer.attention, cache=not p.train and layer.attention.kind != "recurrent")
     if p.keeps_normed:
-        named.append(tape.hold(y))
+        tape.named.append(tape.hold(y))
     tape.free(y)
     assert mixed is not None
     return normed(tape, p, mixed, after)
@@ -261,7 +255,10 @@ def feed_forward(tape: Tape, p: Pass, y: Tensor, spec: FeedForward) -> Tensor:
     if not spec.linears:
         return _routed(tape, p, y, spec.experts, spec.activation)
     gate = next((item for item in spec.linears if item.outputs == 1), None)
-    if gate is None:  # DeepSeek and its kin run the routed experts first
+    if gate is None and p.shared_first:
+        dense = _dense(tape, p, y, spec)
+        routed = _routed(tape, p, y, spec.experts, spec.activation)
+    elif gate is None:  # DeepSeek and its kin run the routed experts first
         routed = _routed(tape, p, y, spec.experts, spec.activation)
         dense = _dense(tape, p, y, spec)
     else:
@@ -338,8 +335,9 @@ def _routed(tape: Tape, p: Pass, y: Tensor, spec: Experts, act: str) -> Tensor:
     scores = tape.op(
         (y,), t * spec.count * 4, save=(y,) if p.full else (), save_out=True, temp=t * spec.count * w
     )
-    weights = tape.op((scores,), pairs * w)
-    picked = tape.op((y,), pairs * d * w)  # hidden_states[perm // k]
+    handed = 4 if p.float32_routers else w
+    weights = tape.op((scores,), pairs * handed, width=handed)
+    picked = tape.op((y,), pairs * d * w, width=w)  # hidden_states[perm // k]
     index = tape.new(pairs * 8 * 3)
     up_spec, down_spec = _expert_weights(spec, d)
     if not p.train and p.seq == 1 and spec.fused:
@@ -348,19 +346,51 @@ def _routed(tape: Tape, p: Pass, y: Tensor, spec: Experts, act: str) -> Tensor:
     up_w = tape.parameter(up_spec * w, p.full)
     down_w = tape.parameter(down_spec * w, p.full)
     keep = (picked,) if p.full else ()
+    biases = [item for item in spec.parameters if item.name.endswith("bias")]
+    bias = tape.new(pairs * biases[0].shape[-1] * w) if biases else None  # of each pair's expert
     both = tape.op((picked, up_w), pairs * (up_spec // max(1, spec.count * d)) * w, save=keep)
     gate, up = tape.view(both, both.bytes // 2), tape.view(both, both.bytes // 2)
-    active = activation(tape, p, gate, act)
-    middle = multiply(tape, active, up)
-    tape.free(both, gate, up, active)
+    middle = _clamped(tape, gate, up) if p.clamped_experts else _activated(tape, p, gate, up, act)
+    tape.free(both, gate, up)
+    if biases:
+        tape.free(bias)
+        bias = tape.new(pairs * d * w)
     out = tape.op((middle, down_w), pairs * d * w, save=(middle,) if p.full else ())
     tape.free(middle)
-    weighted = tape.op((out, weights), pairs * d * w, save=(out, weights, index))
-    restored = tape.op((weighted,), pairs * d * w)
+    wide = max(w, weights.width)
+    # the gradient of a weight is a product with every feature, summed; that of an output is cast back
+    back = pairs * d * (wide if wide == w else 2 * wide - w)
+    weighted = tape.op(
+        (out, weights), pairs * d * wide, save=(out, weights, index), back_temp=back, width=wide
+    )
+    restored = tape.op((weighted,), pairs * d * wide, save=(index,))
     tape.free(weighted)
-    total = tape.op((restored,), t * d * y.width, width=y.width)
-    tape.free(restored, scores, weights, index, out, picked)
-    return total
+    added = 4 if p.autocast else wide  # autocast asks `sum` for float32
+    total = tape.op((restored,), t * d * added, width=added)
+    out_total = tape.cast(total, y.width)
+    tape.free(total, restored, scores, weights, index, out, picked, bias)
+    return out_total
+
+
+def _activated(tape: Tape, p: Pass, gate: Tensor, up: Tensor, act: str) -> Tensor:
+    active = activation(tape, p, gate, act)
+    middle = multiply(tape, active, up)
+    tape.free(active)
+    return middle
+
+
+def _clamped(tape: Tape, gate: Tensor, up: Tensor) -> Tensor:
+    """(clamp(up) + 1) clamp(gate) sigmoid(alpha clamp(gate)): all but the scaled gate is kept or named."""
+    low, high = (tape.op((x,), gate.bytes, save=(x,)) for x in (gate, up))
+    scaled = tape.op((low,), low.bytes)
+    score = tape.op((scaled,), low.bytes, save_out=True)
+    tape.free(scaled)
+    glu = multiply(tape, low, score)
+    tape.free(score)
+    raised = tape.op((high,), high.bytes)
+    middle = multiply(tape, raised, glu)
+    tape.free(raised, low, high, glu)
+    return middle
 
 
 def _expert_weights(spec: Experts, d: int) -> tuple[int, int]:

@@ -59,6 +59,14 @@ class Pass(Struct, frozen=True, kw_only=True):
     """The same for attention's normed input."""
     inline_feed_forward: bool = False
     """The feed-forward is written out in the layer's forward, whose input goes with its first one (OPT)."""
+    shared_first: bool = False
+    """Shared experts run before the routed ones."""
+    eager: str = ""
+    """Eager attention less its maximum, in the dtype it has (shifted), or times a sink's share (rescaled)."""
+    clamped_experts: bool = False
+    """Experts clamp gate and up, and spell the activation out (GPT-OSS)."""
+    float32_routers: bool = False
+    """Experts are handed float32 weights, so that their weighted outputs are float32."""
     embeddings: str = ""
     """What follows the embeddings before the first layer: a product or a sum (moved), a sum with position
     embeddings that stay named, of one sequence (positioned) or of all (placed), a norm (normed)."""
@@ -81,13 +89,18 @@ class Numerics(Struct, frozen=True):
     keeps_attention: frozenset[str]
     keeps_normed: frozenset[str]
     inline_feed_forward: frozenset[str]
+    shared_first: frozenset[str]
+    clamped_experts: frozenset[str]
+    routers: dict[str, str]
     layer_norm: dict[str, str]
     embeddings: dict[str, str]
+    eager: dict[str, str]
 
 
-def habits(model_type: str) -> dict[str, Any]:
+def habits(model_type: str, train: bool) -> dict[str, Any]:
     """What the code of a model_type says of a pass, as fields of `Pass`."""
     facts = numerics()
+    routers = facts.routers.get(model_type)
     return {
         "float32_norm": model_type in facts.float32_norm,
         "concatenated_rope": model_type in facts.concatenated_rope,
@@ -95,6 +108,10 @@ def habits(model_type: str) -> dict[str, Any]:
         "keeps_attention": model_type in facts.keeps_attention,
         "keeps_normed": model_type in facts.keeps_normed,
         "inline_feed_forward": model_type in facts.inline_feed_forward,
+        "clamped_experts": model_type in facts.clamped_experts,
+        "shared_first": model_type in facts.shared_first,
+        "float32_routers": routers in ("always", "training" if train else "inference"),
+        "eager": facts.eager.get(model_type, ""),
         "embeddings": facts.embeddings.get(model_type, ""),
         "layer_norm": facts.layer_norm.get(model_type, "fused"),
     }

@@ -107,6 +107,8 @@ class Tape:
         self._stop_after = stop_after
         self.pinned: list[Tensor] = []
         """Tensors held by `ctx` attributes, which checkpointing cannot drop (bitsandbytes' int8 matmul)."""
+        self.named: list[Tensor] = []
+        """What a layer's frame names to its end, wanted or not."""
         self._nodes: list[_Node] = []
         self._cache: dict[object, Tensor] = {}
 

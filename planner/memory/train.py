@@ -46,7 +46,7 @@ def training_pass(arch: Architecture, work: Workload, how: Strategy) -> Pass:
         dora=work.lora_variant == "dora",
         liger=how.kernels == "liger",
         attention=how.attention,
-        **habits(arch.model_type),
+        **habits(arch.model_type, True),
     )
 
 

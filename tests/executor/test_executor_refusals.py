@@ -82,7 +82,7 @@ def test_a_name_with_a_line_break_stays_in_its_line(tmp_path: Path, capsys: Any)
     [
         ["--packing"],
         ["--epochs", 2],
-        ["--max-steps", 3],
+        ["--save-steps", 3],
         ["--lr-schedule", "cosine"],
         ["--report-to", "tensorboard"],
     ],
@@ -135,3 +135,13 @@ def test_a_number_too_long_to_read_is_not_called_nested(tmp_path: Path) -> None:
     (tmp_path / "d").write_text('{"text": ' + "1" * 5000 + "}\n")
     with pytest.raises(BadDataset, match="line 1: is not JSON: Exceeds the limit"):
         read_examples(tmp_path / "d")
+
+
+def test_the_only_answer_is_printed_where_nobody_watched_it_being_made(tmp_path: Path) -> None:
+    from executor.table import _only_answer
+
+    assert _only_answer(tmp_path) is None
+    (tmp_path / "outputs.jsonl").write_text('{"text": "four"}\n')
+    assert _only_answer(tmp_path) == "four"
+    (tmp_path / "outputs.jsonl").write_text('{"text": "four"}\n{"text": "five"}\n')
+    assert _only_answer(tmp_path) is None

@@ -5,8 +5,9 @@ CUDA allocator rounds them, so the count is what `torch.cuda.max_memory_allocate
 statements, weights and library workspaces apart.
 
 Where the CPU is not a GPU: its dropout keeps a float mask (CUDA: one byte an element), so jobs here have
-none; its autocast leaves LayerNorm in bfloat16 (CUDA: float32), so only models with RMSNorm are compared; and
-memory that a kernel takes for itself is not seen.
+none; its autocast leaves LayerNorm in bfloat16 (CUDA: float32), so only models with RMSNorm are compared; it
+leaves sums in bfloat16 too (CUDA: float32), which is made up for here; and memory that a kernel takes for
+itself is not seen.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import json
 import weakref
 from dataclasses import dataclass, field
 from typing import Any
+from unittest import mock
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -143,8 +145,18 @@ def _trace_prefill(model: torch.nn.Module, tokens: torch.Tensor) -> Peaks:
     return Peaks(count.peak)
 
 
+_narrow_sum = torch.Tensor.sum
+
+
+def _sum(x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+    """`sum` as CUDA's autocast has it."""
+    if x.dtype == torch.bfloat16 and torch.is_autocast_enabled("cpu"):
+        kwargs.setdefault("dtype", torch.float32)
+    return _narrow_sum(x, *args, **kwargs)
+
+
 def _trace_training(model: torch.nn.Module, tokens: torch.Tensor) -> Peaks:
-    with Storages(*_known(model, tokens)) as count:
+    with Storages(*_known(model, tokens)) as count, mock.patch.object(torch.Tensor, "sum", _sum):
         with torch.autocast("cpu", dtype=torch.bfloat16):
             out = model(input_ids=tokens, labels=tokens, use_cache=False)
         loss, logits = out.loss, out.logits
