@@ -13,6 +13,7 @@ from functools import lru_cache
 from msgspec import Struct
 from msgspec.structs import replace
 
+from planner.attention_kernel import as_it_runs
 from planner.errors import BadOption
 from planner.identity import identity_cache
 from planner.machine import budget
@@ -84,6 +85,7 @@ def estimate(
     """
     arch = exact.arch if exact else architecture_of(model)
     work = normal(workload)
+    strategy = as_it_runs(strategy, arch.model_type, stack or CALIBRATED_STACK)
     how = normal_strategy(strategy, work)
     if how.placement == "cpu" or not machine.gpus:
         gpus: tuple[GpuEstimate, ...] = ()

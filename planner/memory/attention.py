@@ -251,7 +251,8 @@ def _eager(tape: Tape, p: Pass, spec: Attention, q: Tensor, k: Tensor, v: Tensor
 def _share_of_sink(tape: Tape, p: Pass, scores: Tensor, rows: int) -> Tensor:
     """sigmoid(logsumexp(scores) - sink), which autocast works out of a float32 copy that stays."""
     wide = tape.cast(scores, 4) if p.autocast else tape.hold(scores)
-    total = tape.op((wide,), rows * wide.width, save=(wide,), save_out=True)
+    # backward: the scores less their sum, its exponential, times the gradient
+    total = tape.op((wide,), rows * wide.width, save=(wide,), back_temp=2 * wide.bytes, save_out=True)
     tape.free(wide)
     share = tape.op((total,), rows * p.width, save_out=True, width=p.width)
     tape.free(total)
