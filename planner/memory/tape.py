@@ -130,7 +130,7 @@ class Tape:
 
     def new(self, n: int, needs_grad: bool = False, width: int = 2) -> Tensor:
         """Allocate a tensor of `n` bytes, held once."""
-        tensor = Tensor(rounded(n), needs_grad, width=width)
+        tensor = Tensor(-(-n // ALIGNMENT) * ALIGNMENT, needs_grad, False, width)
         if self.stopped:
             tensor.booked = 0
             return tensor
@@ -183,13 +183,14 @@ class Tape:
         `save_weight` says that one is kept). `back_temp`: bytes its backward needs besides the gradients.
         `grad_bytes`: size of each input's gradient where it is not the input's own size.
         """
-        records = self.recording and any(t.needs_grad for t in inputs)
+        needs_grad = any(t.needs_grad for t in inputs)
+        records = self.recording and needs_grad
         saves = records and (bool(save) or save_out or save_weight)
         # inputs are saved before the kernel runs, an output after it
         self.saving_ops += saves and not save_out
         if temp:
             self.touch(temp + rounded(out_bytes))
-        out = self.new(out_bytes, any(t.needs_grad for t in inputs), width or inputs[0].width)
+        out = self.new(out_bytes, needs_grad, width or inputs[0].width)
         self.saving_ops += saves and save_out
         if records:
             saved = [*save, out] if save_out else list(save)

@@ -118,7 +118,8 @@ def _checkpointed(
     costs, on_card = layers.costs, min(arch.layers, IN_FLIGHT) if offload else arch.layers
     leaked = sum(cost.leaked for cost in costs)
     # on the card when layer i - 1 has run: its input and those before it
-    alive = [sum(layers.inputs[max(0, i - on_card) : i]) for i in range(arch.layers + 1)]
+    sums = list(accumulate(layers.inputs, initial=0))
+    alive = [n - sums[max(0, i - on_card)] for i, n in enumerate(sums)]
     inputs = line(
         "checkpoints", alive[-1], f"{on_card} layer inputs x {p.tokens} tokens x {arch.hidden_size}"
     )
