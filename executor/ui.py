@@ -14,6 +14,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING
 
+from planner.streams import tell
+
 if TYPE_CHECKING:
     from executor.gauges import Gauges
     from executor.live import Drawing
@@ -29,8 +31,8 @@ Now = Callable[[], tuple[float, str]]
 
 def say(text: str) -> None:
     """One line to the user. The run goes on when nobody can read it any more: a closed pipe or terminal."""
-    with suppress(OSError, ValueError):
-        print(text, file=sys.stderr, flush=True)
+    with suppress(ValueError):
+        tell(text)
 
 
 def is_terminal() -> bool:

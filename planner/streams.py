@@ -18,7 +18,10 @@ def reopen_closed() -> None:
 def forget(stream: TextIO) -> None:
     """What is still buffered for a stream that takes nothing more goes nowhere: a flush at exit would fail
     again, print, and change the exit code."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    if nowhere != stream.fileno():  # the lowest free number: that of the stream itself where it was closed
+        os.dup2(nowhere, stream.fileno())
+        os.close(nowhere)
     stream.flush()
 
 

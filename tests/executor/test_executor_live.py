@@ -168,7 +168,10 @@ def test_a_closed_stderr_does_not_end_the_run() -> None:
         "import os, sys; from executor import ui\nos.close(2)\n"
         "with ui.Steps('training', 1) as s: s.update(1)\nprint('done')"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    buffered = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=False, env=buffered
+    )
     assert done.returncode == 0 and done.stdout == "done\n"
 
 
