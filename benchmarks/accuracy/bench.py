@@ -19,7 +19,7 @@ from benchmarks.accuracy.job import inputs_of, options_of, plan_of, word_tokeniz
 from executor.attempt import Attempt, Outcome
 from executor.card import Card
 from executor.disk_errors import chain
-from executor.ladder import release
+from executor.ladder import LEFT_OVER_BYTES, release
 from executor.measure import MomentMeter
 from executor.memory_errors import is_out_of_memory
 from executor.output import OutputDirectory
@@ -90,20 +90,30 @@ class Bench:
         self._runs = 0
         keep_adapters()
 
-    def measure(self, share_bytes: int | None) -> None:
-        """Every allocator of the cell in turn. Errors: `ShareExceeded`; those of the executor."""
+    def measure(self, share_bytes: int | None, slack: float = 1.0) -> None:
+        """Every allocator of the cell in turn. `slack`: the predicted smallest cap over the allocated peak.
+
+        Errors: `ShareExceeded`; those of the executor.
+        """
         for i, allocator in enumerate(self.cell.allocators):
             if self.device == "cuda":
                 use_allocator(allocator)
-            attempt = self._attempt(share_bytes)
-            outcome = self._run(attempt, share_bytes)
-            self.tell({"figures": figures(outcome)} if i == 0 else {"again": {allocator: figures(outcome)}})
-            if self.device == "cuda" and not self.cell.timed:
-                self.tell({"caps": {allocator: self._search(attempt, outcome, share_bytes)}})
-            attempt.model_kept.close()
-            attempt.model_kept = None
+                if (left := left_behind()) > LEFT_OVER_BYTES:
+                    self.tell({"again": {allocator: {"error": f"{left} bytes left of the run before"}}})
+                    return
+            self._measure(allocator, i == 0, share_bytes, slack if allocator == "stock" else 1.0)
             _adapted.clear()
             release()
+
+    def _measure(self, allocator: Allocator, first: bool, share_bytes: int | None, slack: float) -> None:
+        # a function of its own: nothing of this run may be alive when the next one loads
+        attempt = self._attempt(share_bytes)
+        outcome = self._run(attempt, share_bytes)
+        self.tell({"figures": figures(outcome)} if first else {"again": {allocator: figures(outcome)}})
+        if self.device == "cuda" and not self.cell.timed:
+            self.tell({"caps": {allocator: self._search(attempt, outcome, share_bytes, slack)}})
+        attempt.model_kept.close()
+        attempt.model_kept = None
 
     def _attempt(self, share_bytes: int | None) -> Kept:
         plan = plan_of(self.cell, self.device)
@@ -130,7 +140,9 @@ class Bench:
                 raise ShareExceeded(last_line(error)) from None
             raise
 
-    def _search(self, attempt: Kept, outcome: Outcome, share_bytes: int | None) -> dict[str, Any]:
+    def _search(
+        self, attempt: Kept, outcome: Outcome, share_bytes: int | None, slack: float
+    ) -> dict[str, Any]:
         low, high = outcome.allocated_peak_bytes or 0, outcome.reserved_peak_bytes or 0
         clean(attempt)
 
@@ -148,7 +160,7 @@ class Bench:
             return True
 
         try:
-            cap = smallest_cap(low, high, works)
+            cap = smallest_cap(low, high, works, guess=int(slack * low))
         except NoCapWorks as error:
             return {"error": str(error)}
         finally:
@@ -202,6 +214,13 @@ def last_line(error: BaseException) -> str:
     """The last line of a traceback: the error's type and what it says, in one line."""
     text = " ".join(traceback.format_exception_only(error)[-1].split())
     return text[:400]
+
+
+def left_behind() -> int:
+    """Bytes of the allocator that are in use before anything is loaded."""
+    import torch
+
+    return torch.cuda.memory_allocated()
 
 
 def set_cap(n: int) -> None:

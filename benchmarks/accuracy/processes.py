@@ -47,12 +47,12 @@ class Worker:
                 start_new_session=True,
             )
 
-    def start(self, cell: Cell, share_bytes: int | None) -> None:
+    def start(self, cell: Cell, share_bytes: int | None, slack: float = 1.0) -> None:
         """Give it its cell."""
         self._began = time.monotonic()
         assert self.process.stdin is not None
         with contextlib.suppress(BrokenPipeError):
-            self.process.stdin.write(msgspec.json.encode(Task(cell, share_bytes)) + b"\n")
+            self.process.stdin.write(msgspec.json.encode(Task(cell, share_bytes, slack)) + b"\n")
             self.process.stdin.close()
 
     @property

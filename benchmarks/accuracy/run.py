@@ -86,6 +86,12 @@ class Runner:
     def _share(self, cell: Cell, factor: float = 1.0) -> Share:
         return share_of(self.predictions.get(cell.id, {}), factor)
 
+    def _slack(self, cell: Cell) -> float:
+        predicted = self.predictions.get(cell.id, {})
+        if not predicted.get("allocated_peak_bytes"):
+            return 1.0
+        return float(predicted["required_bytes"] / predicted["allocated_peak_bytes"])
+
     def _startable(self) -> bool:
         return self._next() is not None
 
@@ -103,7 +109,8 @@ class Runner:
             worker = self.spare.pop(0) if self.spare else self._new_worker()
             self.waiting.remove(cell)
             self.room.take(cell, self.shares[cell.id])
-            worker.start(cell, self.shares[cell.id].allocator_bytes if self.args.device == "cuda" else None)
+            share = self.shares[cell.id].allocator_bytes if self.args.device == "cuda" else None
+            worker.start(cell, share, self._slack(cell))
             self.running[cell.id] = (cell, worker)
             self._warm_up()
 

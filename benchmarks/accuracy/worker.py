@@ -28,6 +28,8 @@ class Task(msgspec.Struct, frozen=True):
     cell: Cell
     share_bytes: int | None = None
     """What the allocator may take in the free run."""
+    slack: float = 1.0
+    """Predicted smallest cap over predicted allocated peak: where the search for the cap begins."""
 
 
 def import_libraries() -> None:
@@ -48,7 +50,7 @@ def work(task: Task, device: str, tell: Any) -> None:
     began = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="accuracy-") as folder:
         try:
-            Bench(task.cell, device, Path(folder), tell).measure(task.share_bytes)
+            Bench(task.cell, device, Path(folder), tell).measure(task.share_bytes, task.slack)
             tell({"status": "ok"})
         except ShareExceeded as error:
             tell({"status": "share_exceeded", "error": str(error)})

@@ -25,6 +25,7 @@ def prediction(item: Cell, allocated: int = 8 * GIB, width: float = 0.04) -> dic
         "id": item.id,
         "load_bytes": GIB,
         "allocated_peak_bytes": allocated,
+        "required_bytes": process - CONTEXT,
         "context_bytes": CONTEXT,
         "process_bytes": process,
         "low_bytes": int(process * (1 - width / 2)),
