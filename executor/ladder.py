@@ -133,6 +133,7 @@ def state_of(workload: Workload, strategy: Strategy) -> str:
 
 def release() -> None:
     """Give back all memory that nothing refers to any more, on the card and in RAM."""
+    _forget_overrides()
     gc.collect()
     torch = sys.modules.get("torch")
     if torch is None:
@@ -143,6 +144,14 @@ def release() -> None:
     if torch.cuda.is_initialized():
         torch._C._cuda_clearCublasWorkspaces()
         torch.cuda.empty_cache()
+
+
+def _forget_overrides() -> None:
+    """transformers registers every embedding with bitsandbytes' manager, which lives as long as the process,
+    so that 8-bit optimizers keep its states in 32 bits."""
+    optimizers = sys.modules.get("bitsandbytes.optim")
+    if optimizers is not None:
+        optimizers.GlobalOptimManager.get_instance().initialize()
 
 
 def forget_frames(error: BaseException) -> None:

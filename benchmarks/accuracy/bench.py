@@ -7,6 +7,7 @@ gradients and caches are made anew, what earlier tries left in the allocator is 
 
 from __future__ import annotations
 
+import shutil
 import sys
 import traceback
 from collections.abc import Callable
@@ -109,6 +110,7 @@ class Bench:
         # a function of its own: nothing of this run may be alive when the next one loads
         attempt = self._attempt(share_bytes)
         outcome = self._run(attempt, share_bytes)
+        shutil.rmtree(attempt.output.path, ignore_errors=True)
         self.tell({"figures": figures(outcome)} if first else {"again": {allocator: figures(outcome)}})
         if self.device == "cuda" and not self.cell.timed:
             self.tell({"caps": {allocator: self._search(attempt, outcome, share_bytes, slack)}})
@@ -148,8 +150,9 @@ class Bench:
 
         def works(cap: int) -> bool:
             set_cap(cap)
+            folder = self._new_folder()
             try:
-                attempt.again(self._new_folder())
+                attempt.again(folder)
             except (RuntimeError, MemoryError) as error:
                 if not is_out_of_memory(error):
                     raise
@@ -157,6 +160,7 @@ class Bench:
                 return False
             finally:
                 clean(attempt)
+                shutil.rmtree(folder, ignore_errors=True)  # checkpoints of large models fill a disk
             return True
 
         try:
@@ -245,8 +249,9 @@ def clean(attempt: Kept) -> None:
     model = _adapted.get(id(attempt.model_kept.model), attempt.model_kept.model)
     for parameter in model.parameters():
         parameter.grad = None
-    # every Trainer wraps forward for mixed precision once more
+    # every Trainer wraps forward for mixed precision, unless the model says that it has been wrapped
     extract_model_from_parallel(model, keep_fp32_wrapper=False)
+    vars(model).pop("_is_accelerate_prepared", None)
     if "bitsandbytes.functional" in sys.modules:
         sys.modules["bitsandbytes.functional"].GlobalPageManager.get_instance().paged_tensors.clear()
         _managed.reset()

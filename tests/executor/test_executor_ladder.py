@@ -12,7 +12,7 @@ import pytest
 from conftest import make_plan, strategy
 
 from executor.cli import main
-from executor.ladder import forget_frames
+from executor.ladder import forget_frames, release
 from executor.memory_errors import Shortage, is_out_of_memory, shortage
 from executor.output import OutputDirectory
 from executor.predicted_lines import lines_at
@@ -35,6 +35,21 @@ def out_of_memory(asked: int = 100, free: int = 50, allocated: int = 900, allowe
 
     cap = "" if allowed is None else f"{allowed}.00 MiB allowed; "
     return torch.OutOfMemoryError(CUDA.format(asked=asked, free=free, allocated=allocated, allowed=cap))
+
+
+def test_embeddings_known_to_8_bit_optimizers_are_let_go_of() -> None:
+    import bitsandbytes
+    import torch
+
+    embedding = torch.nn.Embedding(4, 4)
+    gone = weakref.ref(embedding)
+    # as transformers' Trainer does for every embedding
+    manager = bitsandbytes.optim.GlobalOptimManager.get_instance()
+    manager.register_module_override(embedding, "weight", {"optim_bits": 32})
+    del embedding
+    assert gone() is not None
+    release()
+    assert gone() is None
 
 
 def test_frames_of_every_linked_error_are_let_go_of() -> None:

@@ -205,29 +205,47 @@ def test_real_cells_on_the_cpu_stop_on_sigterm_and_resume(tmp_path):
     assert all(row["figures"]["environment"]["libraries"]["torch"] for row in rows.values())
 
 
-@pytest.mark.executor
-def test_a_loaded_model_runs_again_as_the_first_time(tmp_path):
-    """What every try of the search rests on: no second set of adapters, no wrapper left, the same losses."""
+@pytest.fixture
+def patched_only_here(monkeypatch):
+    """The bench replaces a function of the executor for the life of its process."""
     pytest.importorskip("torch")
+    from executor import train
+
+    monkeypatch.setattr(train, "add_adapters", train.add_adapters)
+
+
+@pytest.mark.executor
+@pytest.mark.usefixtures("patched_only_here")
+def test_a_loaded_model_runs_again_as_the_first_time(tmp_path):
+    """What every try of the search rests on: no second set of adapters, and the same mixed precision."""
+    torch = pytest.importorskip("torch")
     from benchmarks.accuracy.bench import Bench, _adapted, clean
 
     work = Workload(task="train", method="lora", seq_len=32, lora_dropout=0.0)
-    item = identified(Cell(model="tiny-qwen2", workload=work, strategy=Strategy(dtype="fp32")))
+    item = identified(Cell(model="tiny-qwen2", workload=work, strategy=Strategy(dtype="bf16")))
     bench = Bench(item, "cpu", tmp_path, lambda part: None)
     attempt = bench._attempt(None)
     attempt.run()
+    seen = set()
     (model,) = _adapted.values()
     names = [name for name, _ in model.named_parameters()]
     for i in range(2):
         clean(attempt)
         assert "_original_forward" not in vars(model)
         assert all(p.grad is None for p in model.parameters())
+        if i == 0:
+            adapter = next(
+                module for name, module in model.named_modules() if name.endswith("lora_A.default")
+            )
+            adapter.register_forward_hook(lambda *parts: seen.add(parts[-1].dtype))
         attempt.again(tmp_path / f"again-{i}")
+        assert seen == {torch.bfloat16}, "float32 adapters work in bf16 under autocast"
         assert [name for name, _ in model.named_parameters()] == names
     _adapted.clear()
 
 
 @pytest.mark.executor
+@pytest.mark.usefixtures("patched_only_here")
 @pytest.mark.parametrize("task", ["train", "infer"])
 def test_the_second_allocator_begins_with_nothing_of_the_first(tmp_path, monkeypatch, task):
     import gc
@@ -261,6 +279,7 @@ def test_the_second_allocator_begins_with_nothing_of_the_first(tmp_path, monkeyp
 
 
 @pytest.mark.executor
+@pytest.mark.usefixtures("patched_only_here")
 def test_caps_are_searched_by_running_out_of_memory(tmp_path, monkeypatch):
     """The search on a model that is really loaded; the card's answer is made up."""
     pytest.importorskip("torch")
