@@ -66,12 +66,42 @@ def _step(tape: Tape, x: Tensor) -> Tensor:
     return out
 
 
+def _xielu(tape: Tape, p: Pass, x: Tensor) -> Tensor:
+    """where(x > 0, a x^2 + b x, (expm1(min(x, eps)) - x) c + b x); autocast widens a, c and expm1."""
+    wide = 4 if p.autocast else x.width
+    n = x.bytes // x.width * wide
+    positive = tape.new(x.bytes // x.width)
+    scaled = tape.op((x,), n, width=wide)
+    squared = tape.op((scaled, x), n, save=(scaled, x), width=wide)
+    tape.free(scaled)
+    above = _plus_line(tape, squared, x)
+    least = tape.op((x,), x.bytes, save=(x,))
+    source = tape.cast(least, wide)
+    tape.free(least)
+    grown = tape.op((source,), n, save_out=True)
+    tape.free(source)
+    less = tape.add(grown, x)
+    tape.free(grown)
+    below = _plus_line(tape, _step(tape, less), x)
+    out = tape.op((above, below), n, save=(positive,))
+    tape.free(positive, above, below)
+    return out
+
+
+def _plus_line(tape: Tape, y: Tensor, x: Tensor) -> Tensor:
+    line = tape.op((x,), x.bytes)
+    out = tape.add(y, line)
+    tape.free(y, line)
+    return out
+
+
 _SPELLED_OUT: dict[str, Callable[[Tape, Pass, Tensor], Tensor]] = {
     "relu": _relu,
     "relu2": _relu_squared,
     "relu_squared": _relu_squared,
     "gelu_new": _gelu_new,
     "gelu_accurate": _gelu_new,
+    "xielu": _xielu,
 }
 
 __all__ = ["activation"]

@@ -11,24 +11,25 @@ from __future__ import annotations
 from msgspec.structs import replace
 
 from planner.memory.forward import Pass, adapted, linear, norm, normed
+from planner.memory.kvcache import remember
 from planner.memory.recurrent import recurrent
 from planner.memory.tape import Tape, Tensor, rounded
 from profiles.schema import Architecture, Attention, Linear
 
 
-def attention(tape: Tape, p: Pass, x: Tensor, spec: Attention, cache: bool = False) -> Tensor | None:
+def attention(tape: Tape, p: Pass, x: Tensor, spec: Attention) -> Tensor | None:
     """Output of the mixer, [T, D]; None where the layer has none. x: [T, D], still held by the caller.
 
-    `cache`: this pass's keys and values stay alive afterwards, as the layer's share of the KV cache.
+    What a pass leaves in the KV cache stays on the tape.
     """
     if spec.kind == "none":
         return None
     if spec.kind == "recurrent":
         return recurrent(tape, p, x, spec, _inner(spec), output_projection(spec))
     if spec.kind == "latent":
-        return _latent(tape, p, x, spec, cache)
+        return _latent(tape, p, x, spec)
     q, k, v, gate = _qkv(tape, p, x, spec)
-    out = _core(tape, p, spec, q, k, v, cache)
+    out = _core(tape, p, spec, q, k, v)
     if gate is not None:
         gated = tape.op((out, gate), out.bytes, save=(out, gate))
         tape.free(out, gate)
@@ -149,23 +150,18 @@ def input_bytes(arch: Architecture, p: Pass, tokens: int) -> int:
     return 4 * rounded(p.batch * tokens * 8) + 2 * rounded(p.seq * rope * p.width) + mask_bytes(arch, p)
 
 
-def _core(tape: Tape, p: Pass, spec: Attention, q: Tensor, k: Tensor, v: Tensor, cache: bool) -> Tensor:
-    """softmax(q k^T) v. Frees q, k and v; what a cache keeps are copies."""
-    if cache:  # torch.cat onto the cache: the copies stay, and count as this layer's share of it
-        k, v = _cached(tape, k), _cached(tape, v)
+def _core(tape: Tape, p: Pass, spec: Attention, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """softmax(q k^T) v. Frees q, k and v; what a cache keeps stays."""
+    stays = False
+    if p.cache:
+        k, v, stays = remember(tape, p, spec, k, v)
     if p.autocast and p.attention != "eager":  # autocast hands the kernel 16-bit copies
         q, k, v = (_narrow(tape, p, t) for t in (q, k, v))
     out = _eager(tape, p, spec, q, k, v) if p.attention == "eager" else _fused(tape, p, spec, q, k, v)
     tape.free(q)
-    if not cache:
+    if not stays:
         tape.free(k, v)
     return out
-
-
-def _cached(tape: Tape, x: Tensor) -> Tensor:
-    kept = tape.new(x.bytes, width=x.width)
-    tape.free(x)
-    return kept
 
 
 def _narrow(tape: Tape, p: Pass, x: Tensor) -> Tensor:
@@ -279,7 +275,7 @@ def _shifted(tape: Tape, p: Pass, spec: Attention, masked: Tensor, keys: Tensor,
     return contiguous
 
 
-def _latent(tape: Tape, p: Pass, x: Tensor, spec: Attention, cache: bool) -> Tensor:
+def _latent(tape: Tape, p: Pass, x: Tensor, spec: Attention) -> Tensor:
     """DeepSeek's low-rank attention: what is cached is compressed, and decompressed to full heads in every
     pass over the whole context. All names live until the layer's attention returns."""
     assert spec.latent is not None
@@ -298,18 +294,19 @@ def _latent(tape: Tape, p: Pass, x: Tensor, spec: Attention, cache: bool) -> Ten
     rotated = p.tokens * spec.latent.rope_dim * q.width
     q_rope = tape.op((q,), rotated * spec.heads, temp=rotated * spec.heads)
     k_rope = tape.op((compressed,), rotated, temp=rotated)
-    if cache:
-        nope, k_rope = _cached(tape, nope), _cached(tape, k_rope)
+    stays = False
+    if p.cache:
+        nope, k_rope, stays = remember(tape, p, spec, nope, k_rope)
     query = tape.op((q, q_rope), p.tokens * spec.heads * q.width * spec.head_dim)
     whole = replace(p, seq=p.seq + p.past, past=0)
     kv = linear(tape, whole, nope, by_name["kv_b_proj"])
     context = whole.tokens * spec.heads * q.width
     key = tape.op((kv, k_rope), context * spec.head_dim)
     value = tape.view(kv, context * spec.value_dim)
-    held = [q, compressed, q_rope, kv, *([] if cache else [nope, k_rope])]
+    held = [q, compressed, q_rope, kv, *([] if stays else [nope, k_rope])]
     # the flash kernel, which wants heads of one size, answers in the layout of the queries: a copy follows
-    plain = replace(p, concatenated_rope=spec.value_dim == spec.head_dim)
-    out = _core(tape, plain, spec, query, key, value, False)
+    plain = replace(p, concatenated_rope=spec.value_dim == spec.head_dim, cache="")
+    out = _core(tape, plain, spec, query, key, value)
     result = linear(tape, p, out, output_projection(spec))
     tape.free(out, *held)
     return result

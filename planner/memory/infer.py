@@ -12,13 +12,13 @@ from functools import lru_cache
 from msgspec.structs import replace
 
 from planner.memory.attention import input_bytes
-from planner.memory.kvcache import CacheBytes, cache_bytes, layer_kv_bytes
+from planner.memory.kvcache import CacheBytes, cache_bytes, filled_bytes
 from planner.memory.layer import layer_cost
 from planner.memory.moments import CardMemory, line, snapshot
 from planner.memory.shapes import Pass, habits
 from planner.memory.tape import rounded
 from planner.memory.weights import WIDTH, layer_linears, load_transient_bytes, weight_bytes
-from planner.types import Strategy, Workload
+from planner.types import MemoryLine, Strategy, Workload
 from profiles.schema import Architecture, Attention
 
 
@@ -32,6 +32,7 @@ def prefill_pass(arch: Architecture, work: Workload, how: Strategy) -> Pass:
         stream=width,
         quant=how.quant,
         attention=how.attention,
+        cache=how.cache,
         **habits(arch.model_type, False),
         liger=False,
     )
@@ -45,23 +46,23 @@ def inference_memory(arch: Architecture, work: Workload, how: Strategy, workspac
     load = weights.total(arch.order)
     batch, width = work.sequences, p.width
     tokens = work.prompt_tokens + work.new_tokens
-    fixed = (
+    lasting = (
         line(
             "weights",
             load,
             f"{arch.layers} layers + embeddings + head, {how.quant if how.quant != 'none' else how.dtype}",
         ),
         line("library workspace", workspace, "cuBLAS", "measured"),
-        line("inputs and rope", input_bytes(arch, p, tokens), "token ids, mask, cos and sin tables"),
     )
+    one = decode_pass(p, tokens)
+    fixed = (*lasting, _inputs(arch, p, tokens))
     kv = cache_bytes(arch, batch, work.prompt_tokens, tokens, width, how.cache)
     stream = rounded(p.tokens * arch.hidden_size * p.stream)
     logits = rounded(batch * arch.vocab_size * (width + 4))
-    worst, others = _fullest(arch, p, kv if how.cache != "dynamic" else None)
+    worst, others = _fullest(arch, p, kv)
     hidden = 2 * stream
     if p.embeddings in ("positioned", "placed"):
         hidden += stream // (work.sequences if p.embeddings == "positioned" else 1)
-    one = decode_pass(p, tokens)
     step = max(layer_cost(layer, one, arch.hidden_size).forward_peak for layer in arch.kinds)
     if how.cache == "static":
         step += max(_repeated_bytes(layer.attention, batch * tokens * width) for layer in arch.kinds)
@@ -98,8 +99,10 @@ def inference_memory(arch: Architecture, work: Workload, how: Strategy, workspac
         snapshot(
             "decode",
             (
-                *fixed,
-                line("kv cache", kv.final, f"{how.cache}: {batch} x {tokens} tokens"),
+                *lasting,
+                _inputs(arch, one, tokens),
+                # the first token finds what the prompt left, the last one all
+                line("kv cache", max(kv.prefill, kv.final), f"{how.cache}: {batch} x {tokens} tokens"),
                 line("kv copy", kv.growth, "one layer's cache, copied or unpacked when it grows"),
                 line("layer in work", step, "one token through one layer", "modelled"),
                 line("logits", logits, f"{batch} x {arch.vocab_size}"),
@@ -116,23 +119,29 @@ def inference_memory(arch: Architecture, work: Workload, how: Strategy, workspac
     )
 
 
-def _fullest(arch: Architecture, p: Pass, cache: CacheBytes | None) -> tuple[int, int]:
+def _inputs(arch: Architecture, p: Pass, tokens: int) -> MemoryLine:
+    return line("inputs and rope", input_bytes(arch, p, tokens), "token ids, mask, cos and sin tables")
+
+
+def _fullest(arch: Architecture, p: Pass, cache: CacheBytes) -> tuple[int, int]:
     """(bytes in work, bytes of cache beside it) at the layer where the prompt's pass holds most.
 
-    `cache`: one of a fixed size; None for one that grows layer by layer, where attention itself counts the
-    copies it adds and a recurrent state is updated in place.
+    A growing cache fills layer by layer, and the tape counts what the layer in work adds; a recurrent state
+    is there before its layer runs. An offloaded cache leaves the card behind each layer; while the last one
+    runs, the first is on its way back.
     """
     costs = [layer_cost(layer, p, arch.hidden_size).forward_peak for layer in arch.kinds]
-    if cache is not None:
+    if p.cache == "static":
         return max(costs), cache.prefill
-    owned = [layer_kv_bytes(layer.attention, p.batch, p.seq, p.width) for layer in arch.kinds]
+    recurrent = [layer.attention.kind == "recurrent" for layer in arch.kinds]
+    owned = [filled_bytes(layer.attention, p.batch, p.seq, p.width, p.cache) for layer in arch.kinds]
     filled, best = 0, (0, 0)
-    for kind in arch.order:
-        if arch.kinds[kind].attention.kind == "recurrent":
-            filled += owned[kind]
-        best = max(best, (costs[kind], filled), key=sum)
-        if arch.kinds[kind].attention.kind != "recurrent":
-            filled += owned[kind]
+    last = len(arch.order) - 1
+    for i, kind in enumerate(arch.order):
+        filled += owned[kind] if recurrent[kind] else 0
+        back = owned[arch.order[0]] if p.cache == "offloaded" and i == last and last else 0
+        best = max(best, (costs[kind], filled + back), key=sum)
+        filled += owned[kind] if not recurrent[kind] and p.cache != "offloaded" else 0
     return best
 
 

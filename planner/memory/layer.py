@@ -213,8 +213,7 @@ def _norm_pairs(layer: Layer) -> tuple[Pair, Pair]:
 
 def _mixer(tape: Tape, p: Pass, h: Tensor, before: Norm | None, after: Norm | None, layer: Layer) -> Tensor:
     y = norm(tape, p, h, before, p.tokens) if before else tape.hold(h)
-    # Decode and prefill add to the cache, which the caller counts.
-    mixed = attention(tape, p, y, layer.attention, cache=not p.train and layer.attention.kind != "recurrent")
+    mixed = attention(tape, p, y, layer.attention)
     if p.keeps_normed:
         tape.named.append(tape.hold(y))
     tape.free(y)
@@ -236,7 +235,7 @@ def _parallel(tape: Tape, p: Pass, x: Tensor, layer: Layer) -> Tensor:
     second = layer.norms[1] if len(layer.norms) > 1 else None
     later = second is not None and second.name.startswith("post")
     z = norm(tape, p, x, second, p.tokens) if second and not later else tape.hold(y)
-    mixed = attention(tape, p, y, layer.attention, cache=not p.train)
+    mixed = attention(tape, p, y, layer.attention)
     if second and later:  # GPT-NeoX norms for its feed-forward when attention is done
         tape.free(y, z)
         z = norm(tape, p, x, second, p.tokens)

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from functools import cache
-from typing import Any
+from typing import Any, Literal
 
 import msgspec
 from msgspec import Struct
 
+from planner.types import Cache
 from profiles.data import read_table
 
 
@@ -21,6 +22,8 @@ class Pass(Struct, frozen=True, kw_only=True):
     """D, the features of the residual stream; set where a layer's pass begins."""
     past: int = 0
     """Tokens already in the KV cache."""
+    cache: Cache | Literal[""] = ""
+    """The KV cache that this pass fills; empty for none, as in training."""
     train: bool = False
     width: int = 2
     """Bytes of an activation in the compute dtype."""

@@ -71,7 +71,7 @@ class TestWholeModels:
         found = cache_bytes(tiny(), batch=2, prompt=1024, tokens=1280, width=2)
         assert found.prefill == 3 * 2 * 1024 * 128
         assert found.final == 3 * 2 * 1280 * 128
-        assert found.growth == 2 * 1280 * 128  # the old copy of one layer beside the new one
+        assert found.growth == 2 * 1280 * 64  # keys, old and new, then values
         assert found.host == 0
 
     def test_static_cache_is_whole_from_the_start(self) -> None:
@@ -80,7 +80,7 @@ class TestWholeModels:
 
     def test_offloaded_cache_keeps_two_layers_on_the_card(self) -> None:
         found = cache_bytes(tiny(), 1, 1024, 1280, 2, "offloaded")
-        assert (found.prefill, found.final, found.host) == (2 * 1280 * 128, 2 * 1280 * 128, 3 * 1280 * 128)
+        assert (found.prefill, found.final, found.host) == (1280 * 128, 2 * 1280 * 128, 3 * 1280 * 128)
 
     def test_offloading_one_layer_keeps_that_one(self) -> None:
         found = cache_bytes(tiny(num_hidden_layers=1), 1, 1024, 1280, 2, "offloaded")
@@ -89,7 +89,7 @@ class TestWholeModels:
     def test_quantized_cache_packs_all_but_the_last_128_tokens(self) -> None:
         found = cache_bytes(tiny(), 1, 1024, 1152, 2, "quantized")
         old = 1024 * 64  # elements of a layer that are packed
-        packed = old // 2 + old // 64 * 4  # 4 bits each, and two 16-bit numbers per 64
+        packed = old // 2 + old // 16 * 4  # 4 bits each, and two 16-bit numbers per head of 16
         assert found.final == 3 * (packed + 128 * 128)
 
     def test_a_short_quantized_cache_is_not_packed(self) -> None:

@@ -11,6 +11,7 @@ from memory_cases import known, llama_layer, tiny
 from msgspec.structs import replace
 
 from planner.memory.forward import linear, norm, outlier_share
+from planner.memory.kvcache import filled_bytes
 from planner.memory.layer import layer_cost, layer_tensors
 from planner.memory.shapes import Pass
 from planner.memory.tape import Tape, Tensor
@@ -89,11 +90,24 @@ def test_nothing_is_kept_before_the_first_trained_tensor() -> None:
 
 
 def test_inference_leaves_the_cache_to_its_own_line() -> None:
-    p = Pass(batch=1, seq=256)
+    p = Pass(batch=1, seq=256, cache="dynamic")
     cost = layer_cost(llama_layer(), p, 64)
     # copies of k and v go to the cache and stay: U more in the feed-forward than while training
     assert cost.forward_peak == 9 * U
     assert (cost.saved, cost.backward_peak, cost.recompute_peak, cost.gradients) == (0, 0, 0, 0)
+    elsewhere = layer_cost(llama_layer(), Pass(batch=1, seq=256, cache="static"), 64)
+    assert elsewhere.forward_peak == 8 * U  # written in place
+
+
+def test_packing_needs_three_float32_copies_of_the_keys() -> None:
+    layer = llama_layer()
+    kept = filled_bytes(layer.attention, 1, 65536, 2, "quantized")
+    cost, whole = (
+        layer_cost(layer, Pass(batch=1, seq=65536, cache=kind), 64) for kind in ("quantized", "dynamic")
+    )
+    keys = 65536 * layer.attention.kv_heads * layer.attention.head_dim * 2
+    assert kept < keys
+    assert whole.forward_peak - 2 * keys < cost.forward_peak
 
 
 class TestLora:
