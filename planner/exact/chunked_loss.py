@@ -15,17 +15,18 @@ from typing import Any
 import torch
 from torch.utils.checkpoint import checkpoint
 
-CHUNK = 512
-"""Tokens whose logits exist at once."""
+from planner.memory.head import CHUNK
+
 IGNORED = -100
 """The label of a token that is not learned; transformers' own cross-entropy ignores it too."""
 
 
 @contextmanager
-def chunked_loss(model: Any) -> Iterator[None]:
+def chunked_loss(model: Any, **recomputing: Any) -> Iterator[None]:
     """Within, the causal language model `model` (no adapters around it) computes its training loss in chunks.
 
-    It needs an output projection: `model.get_output_embeddings()` is not None.
+    It needs an output projection: `model.get_output_embeddings()` is not None. `recomputing`: what torch's
+    `checkpoint` is asked for besides.
     """
     head = model.get_output_embeddings()
     text = model.config.get_text_config()
@@ -34,7 +35,8 @@ def chunked_loss(model: Any) -> Iterator[None]:
     project, previous = head.forward, model.loss_function
 
     def loss(logits: torch.Tensor, labels: torch.Tensor, vocab_size: int, **kwargs: Any) -> torch.Tensor:
-        return _chunked_cross_entropy(logits, labels, project, softcap, kwargs.get("num_items_in_batch"))
+        items = kwargs.get("num_items_in_batch")
+        return _chunked_cross_entropy(logits, labels, project, softcap, items, recomputing)
 
     # capping is not linear: it must act on the logits of a chunk, not on the hidden states passed through
     if softcap is not None:
@@ -59,6 +61,7 @@ def _chunked_cross_entropy(
     project: Callable[[torch.Tensor], torch.Tensor],
     softcap: float | None,
     items: torch.Tensor | int | None,
+    recomputing: dict[str, Any],
 ) -> torch.Tensor:
     """Sum of next-token losses over `items` (by default the learned tokens), a float32 scalar.
 
@@ -76,7 +79,7 @@ def _chunked_cross_entropy(
     total = torch.zeros((), dtype=torch.float32, device=hidden.device)
     for start in range(0, flat.shape[0], CHUNK):
         chunk = slice(start, start + CHUNK)
-        total = total + checkpoint(part, flat[chunk], targets[chunk], use_reentrant=False)
+        total = total + checkpoint(part, flat[chunk], targets[chunk], use_reentrant=False, **recomputing)
     if items is None:
         items = (targets != IGNORED).sum().clamp(min=1)
     return total / (items.to(total.device) if isinstance(items, torch.Tensor) else items)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 from unittest import mock
 
@@ -17,14 +17,27 @@ from planner.exact.chunked_loss import chunked_loss
 from planner.types import Strategy
 
 
-def ending(model: Any, how: Strategy, notes: list[str]) -> contextlib.AbstractContextManager[None]:
-    """The loss and kernels of a strategy, while the context is open; what was left out in `notes`."""
+def ending(
+    model: Any, how: Strategy, notes: list[str], cuda: Any = None
+) -> contextlib.AbstractContextManager[None]:
+    """The loss and kernels of a strategy, while the context is open; what was left out in `notes`.
+
+    `cuda`: the card that must be there again when chunks are recomputed.
+    """
     inner = model.get_base_model() if hasattr(model, "get_base_model") else model
     if how.kernels == "liger":
         if _liger_knows(inner.config):
             return liger_kernels(inner)
         notes.append(f"liger has no kernels for {inner.config.model_type}: traced without")
-    return chunked_loss(inner) if how.loss == "fused" else contextlib.nullcontext()
+    if how.loss != "fused":
+        return contextlib.nullcontext()
+    there = {} if cuda is None else {"determinism_check": "none", "context_fn": _with(cuda)}
+    return chunked_loss(inner, **there)
+
+
+def _with(card: Any) -> Callable[[], tuple[Any, Any]]:
+    """Contexts of a checkpointed pass and of its recomputation."""
+    return lambda: (contextlib.nullcontext(), card)
 
 
 def _liger_knows(config: Any) -> bool:

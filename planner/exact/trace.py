@@ -87,7 +87,7 @@ def trace_job(
             model.train()
             if how.gradient_checkpointing:
                 passes.checkpoint_layers(model, cuda)
-            with ending(model, how, notes):
+            with ending(model, how, notes, cuda):
                 passes.training_step(model, work, how, card, cuda)
         else:
             passes.generation(model.eval(), work, how, card, cuda)

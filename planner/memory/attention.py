@@ -99,7 +99,7 @@ def _head_norm(tape: Tape, p: Pass, x: Tensor, spec: Attention, which: str, head
     for item in spec.norms:
         if item.name.split(".")[-1].startswith(which):
             rows = p.tokens * max(1, heads * spec.head_dim // item.size)
-            out = norm(tape, p, x, item, rows)
+            out = norm(tape, p if p.liger_head_norms else replace(p, liger=False), x, item, rows)
             tape.free(x)
             return out
     return x

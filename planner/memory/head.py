@@ -3,7 +3,7 @@
 The loss is transformers' `ForCausalLMLoss` (loss/loss_utils.py): logits in the compute dtype, upcast to
 float32, `log_softmax` kept for backward, then two more float32 copies of [T, V] when backward starts.
 Accelerate's mixed precision also returns float32 logits. The fused loss never holds more than a chunk of
-them (liger_kernel/ops/fused_linear_cross_entropy.py).
+them: the executor's own, or liger's where its kernels run.
 """
 
 from __future__ import annotations
@@ -13,8 +13,11 @@ from functools import lru_cache
 from msgspec import Struct
 
 from planner.memory.forward import Pass, norm
-from planner.memory.tape import Tape, Tensor
+from planner.memory.tape import Tape, Tensor, rounded
 from profiles.schema import Architecture, Norm
+
+CHUNK = 512
+"""Tokens whose logits exist at once in the executor's chunked loss."""
 
 
 class HeadCost(Struct, frozen=True):
@@ -51,7 +54,8 @@ def head_cost(end: Ending, p: Pass, fused: bool) -> HeadCost:
     x = tape.new(p.tokens * end.hidden * p.stream, needs_grad=True, width=p.stream)
     y = norm(tape, p, x, end.norm, p.tokens) if end.norm else tape.hold(x)
     tape.free(x)
-    loss = _fused_loss(tape, p, y, end) if fused else _full_loss(tape, p, y, end)
+    run = _full_loss if not fused else _liger_loss if p.liger else _chunked_loss
+    loss = run(tape, p, y, end)
     forward_peak, saved = tape.peak, tape.live
     tape.mark()
     loss.grad = tape.new(512)
@@ -107,15 +111,75 @@ def fused_chunk_rows(t: int, v: int, d: int) -> int:
     return min(t, 1 << (rows - 1).bit_length())
 
 
-def _fused_loss(tape: Tape, p: Pass, y: Tensor, end: Ending) -> Tensor:
+def largest_block(end: Ending, p: Pass, fused: bool) -> int:
+    """The biggest block of a step: one float32 copy of the logits, or of a chunk's; none worth naming where
+    liger keeps a few rows of them."""
+    if fused and p.liger:
+        return 0
+    rows = min(CHUNK, p.batch * (p.seq - 1)) if fused else p.tokens
+    return rounded(4 * rows * end.vocab)
+
+
+def _liger_loss(tape: Tape, p: Pass, y: Tensor, end: Ending) -> Tensor:
+    """liger works out the gradients in its forward pass, chunk by chunk in one buffer of logits, and hands
+    them to backward as they are: the head's is added up in place (ops/fused_linear_cross_entropy.py)."""
     t, v, d = p.tokens, end.vocab, end.hidden
-    rows = fused_chunk_rows(t, v, d)
-    weight = tape.parameter(v * d * p.width, p.full)
-    grad_input = tape.new(t * d * y.width)
-    grad_weight = tape.new(v * d * p.width) if p.full else None
-    chunk = rows * v * p.width
-    tape.touch(chunk + rows * v * 4 + (v * d * p.width if p.full else 0))
-    # gradients are ready after forward and kept for backward, which only scales them
-    loss = tape.op((y, weight), 512, save=(grad_input,) if grad_weight is None else (grad_input, grad_weight))
-    tape.free(grad_input, grad_weight, y)
-    return loss
+    chunk = fused_chunk_rows(t, v, d) * v * p.width
+    y.grad = tape.new(t * d * y.width)
+    if p.full:
+        tape.new(v * d * p.width)
+    # autocast casts what is not in its dtype already, and then the product has no buffer of its own
+    casts = v * d * p.width if p.upcast and p.autocast else 0
+    tape.touch(chunk + casts)
+    tape.free(y)
+    return tape.new(512)
+
+
+def _chunked_loss(tape: Tape, p: Pass, y: Tensor, end: Ending) -> Tensor:
+    """The executor's own loss in chunks, each computed again in backward (planner/exact/chunked_loss.py)."""
+    if end.scale:
+        y = tape.op((y,), y.bytes)
+    rest, d = p.batch * (p.seq - 1), end.hidden
+    flat = tape.op((y,), rest * d * y.width) if p.batch > 1 else tape.view(y, rest * d * y.width)
+    weight = tape.parameter(end.vocab * d * p.width, p.full)
+    total = tape.new(512)
+    while rest > 0:
+        rows = min(CHUNK, rest)
+        cost = _chunk_cost(end, rows, p, y.width)
+        piece = tape.view(flat, rows * d * y.width)
+        tape.touch(cost.forward)
+        # the product's backward, then that of the loss, which comes first and has computed both again
+        logits = tape.op((piece, weight), 512, back_temp=cost.product, save=(piece,))
+        part = tape.op((logits,), 512, back_temp=cost.loss, save=(logits,))
+        before, total = total, tape.add(total, part)
+        tape.free(piece, logits, part, before)
+        rest -= rows
+    if p.autocast:  # accelerate takes the hidden states that the projection handed through for logits
+        returned = tape.new(4 * p.tokens * d)
+        tape.free(returned)
+    tape.free(flat, y)
+    return total
+
+
+class _ChunkCost(Struct, frozen=True):
+    forward: int
+    """Most bytes of a chunk's pass without recording."""
+    loss: int
+    """Most bytes of computing it again and of backward down to the logits."""
+    product: int
+    """Bytes beside the gradients in backward of the projection."""
+
+
+@lru_cache(maxsize=1024)
+def _chunk_cost(end: Ending, rows: int, p: Pass, width: int) -> _ChunkCost:
+    n = rows * end.vocab
+    casts = end.vocab * end.hidden * p.width if p.upcast and p.autocast else 0
+    narrow = rows * end.hidden * p.width if width != p.width and p.autocast else 0
+    capped = 4 * n if end.softcap else 0
+    # logits in 16 bits and upcast; upcast and log-softmax; capping divides, bounds and multiplies
+    forward = max(casts + narrow + (p.width + 4) * n, 8 * n + capped)
+    saved = casts + (narrow if p.full else 0) + capped
+    recompute = saved + max((p.width + 4) * n, 8 * n)
+    # log-softmax, its gradient, the gradient of the logits
+    backward = saved + 12 * n
+    return _ChunkCost(forward, max(recompute, backward), casts + p.width * n)

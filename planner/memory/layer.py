@@ -168,9 +168,12 @@ def _sequential(tape: Tape, p: Pass, x: Tensor, layer: Layer) -> Tensor:
     """Residual stream of `layer`; norms in order: before, (after) attention, before, (after) feed-forward."""
     before, after = _norm_pairs(layer)
     h = x
+    if after[0] is not None and before[0] is None:
+        x.outliers = 1.0  # a sum of normed outputs, seen as it is: soon every column has an entry of 6.0
     if layer.attention.kind != "none":
         mixed = _scaled(tape, layer, _mixer(tape, p, h, before[0], after[0], layer))
         h = tape.add(x, mixed)
+        h.outliers = x.outliers
         if p.keeps_attention:
             tape.named.append(tape.hold(mixed))
         tape.free(mixed)

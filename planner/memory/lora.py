@@ -24,6 +24,7 @@ def lora(tape: Tape, p: Pass, x: Tensor, base: Tensor, spec: Linear, t: int) -> 
         dropped = tape.op((source,), source.bytes, save=(mask,))
         tape.free(mask)
     compute = p.width if p.autocast else p.adapter_width
+    weight, named = _dora_weights(tape, p, spec, dropped.width, packed) if p.dora else (None, [])
     a = tape.parameter(spec.inputs * p.rank * p.adapter_width, True)
     b = tape.parameter(spec.outputs * p.rank * p.adapter_width, True)
     if p.autocast and p.adapter_width != p.width:
@@ -41,12 +42,17 @@ def lora(tape: Tape, p: Pass, x: Tensor, base: Tensor, spec: Linear, t: int) -> 
     high = tape.op((low, b), t * spec.outputs * compute, save=(low, *_if_cached(b)))
     tape.free(low)
     if p.dora:
-        out = _dora(tape, p, dropped, result, high, spec, t)
+        scaled = _dora(tape, p, dropped, result, high, spec, t, weight)
+        tape.free(*named)
     else:
         scaled = tape.op((high,), high.bytes)
         tape.free(high)
-        out = tape.add(result, scaled, wide_out)
-        tape.free(scaled)
+    out = tape.add(result, scaled, max(wide_out, scaled.bytes))
+    tape.free(scaled)
+    if out.width > result.width and not (packed and p.autocast):  # peft casts back what it widened
+        narrowed = tape.cast(out, result.width)
+        tape.free(out)
+        out = narrowed
     tape.free(result)
     if dropped is not source:
         tape.free(dropped)
@@ -59,37 +65,66 @@ def _if_cached(weight: Tensor) -> tuple[Tensor, ...]:
     return () if weight.leaf else (weight,)
 
 
-def _dora(tape: Tape, p: Pass, x: Tensor, result: Tensor, high: Tensor, spec: Linear, t: int) -> Tensor:
-    """DoRA (arXiv:2402.09353): magnitudes over the norms of W + BA, which peft works out anew in every pass.
+def _dora(
+    tape: Tape, p: Pass, x: Tensor, result: Tensor, high: Tensor, spec: Linear, t: int, weight: Tensor | None
+) -> Tensor:
+    """DoRA (arXiv:2402.09353): magnitudes times the base product and the adapter's, in the magnitude's dtype.
 
-    BA comes from pushing an identity matrix of `inputs` x `inputs` through A and B; W is dequantized and
-    cast to the input's dtype; the two products meet in the magnitude's float32.
+    `weight`: the base weight where it is a copy.
     """
-    n, wide = spec.inputs * spec.outputs, p.adapter_width
-    x_width = x.width
-    identity = spec.inputs**2
-    tape.touch(identity * (wide + (p.width if p.autocast and wide != p.width else 0)))
-    kept_identity = identity * p.width if tape.recording else 0
-    tape.touch(kept_identity + 4 * n * x_width)
+    wide, out = p.adapter_width, t * spec.outputs
     magnitude = tape.parameter(spec.outputs * wide, True)
     base = result
     if p.dropout > 0 and p.train:  # the base product again, of the dropped input
-        weight = tape.new(n * x_width)
-        cast = tape.new(n * p.width) if p.autocast and x_width != p.width else tape.hold(weight)
-        base = tape.op((x,), t * spec.outputs * p.width, save=(cast,), width=p.width)
-        tape.free(weight, cast)
-    left = tape.op((base, magnitude), t * spec.outputs * wide, save=(base,), width=wide)
-    right = tape.op((high, magnitude), t * spec.outputs * wide, save=(high,), width=wide)
+        saved, narrow = [] if weight is None else [tape.hold(weight)], 0
+        if p.autocast and x.width != p.width:
+            tape.free(*saved)
+            saved, narrow = [tape.new(spec.inputs * spec.outputs * p.width)], t * spec.inputs * p.width
+        base = tape.op((x,), out * p.width, save=saved, temp=narrow, save_weight=True, width=p.width)
+        tape.free(*saved)
+    elif spec.bias:
+        base = tape.op((result,), result.bytes)
+    # the magnitude's gradient is as large as the product until its rows are summed
+    left = tape.op((base, magnitude), out * wide, save=(base,), back_temp=out * wide, width=wide)
+    right = tape.op((high, magnitude), out * wide, save=(high,), back_temp=out * wide, width=wide)
     scaled = tape.op((right,), right.bytes)
-    tape.free(right, high)
+    tape.free(right)
     change = tape.add(left, scaled)
-    tape.free(left, scaled)
-    total = tape.add(result, change)
-    tape.free(change)
+    tape.free(left, scaled, high)
     if base is not result:
         tape.free(base)
-    if total.width <= result.width:
-        return total
-    out = tape.cast(total, result.width)
-    tape.free(total)
-    return out
+    return change
+
+
+def _dora_weights(
+    tape: Tape, p: Pass, spec: Linear, width: int, packed: bool
+) -> tuple[Tensor | None, list[Tensor]]:
+    """The norms of W + BA, which peft works out anew in every pass; W where it is a copy, and all that its
+    frame names until the layer returns.
+
+    BA comes from pushing an identity matrix of `inputs` x `inputs` through A and B; W is dequantized (int8:
+    to float32); both are cast to the input's dtype, of `width` bytes.
+    """
+    n, identity = spec.inputs * spec.outputs, spec.inputs**2
+    compute = p.width if p.autocast else p.adapter_width
+    eye = tape.new(identity * p.adapter_width)
+    narrow = tape.new(identity * compute) if compute != p.adapter_width else tape.hold(eye)
+    product = tape.new(n * compute, width=compute)
+    tape.free(eye)
+    named = [tape.cast(product, width)]
+    tape.free(product)
+    if tape.recording:  # A keeps its input for as long as BA is there
+        named.append(narrow)
+    else:
+        tape.free(narrow)
+    weight = None
+    own = 4 if p.quant == "int8" and packed else p.width
+    if packed or own != width:
+        dequantized = tape.new(n * own if packed else 0, width=own)
+        if packed and own == 4:
+            tape.touch(n * own)
+        weight = tape.cast(dequantized, width) if packed else tape.new(n * width, width=width)
+        tape.free(dequantized)
+        named.append(weight)
+    tape.touch(2 * n * width)  # scaled, and the sum
+    return weight, named

@@ -46,6 +46,8 @@ class Pass(Struct, frozen=True, kw_only=True):
     adapter_width: int = 4
     dora: bool = False
     liger: bool = False
+    liger_head_norms: bool = False
+    """liger's kernels are also in the norms of queries and keys of a model that is there already."""
     attention: str = "sdpa"
     layer_norm: str = "fused"
     """How LayerNorms are written: fused (`nn.LayerNorm`: float32 under autocast), returned (the same, cast
@@ -117,7 +119,14 @@ def habits(model_type: str, train: bool) -> dict[str, Any]:
         "eager": facts.eager.get(model_type, ""),
         "embeddings": facts.embeddings.get(model_type, ""),
         "layer_norm": facts.layer_norm.get(model_type, "fused"),
+        "liger_head_norms": model_type in _with_head_norms(),
     }
+
+
+@cache
+def _with_head_norms() -> frozenset[str]:
+    """Model types whose norms of queries and keys liger replaces (its transformers/monkey_patch.py)."""
+    return frozenset(msgspec.json.decode(read_table("kernels.json"))["liger"]["head_norms"])
 
 
 @cache

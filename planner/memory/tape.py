@@ -51,7 +51,7 @@ def booked(n: int) -> int:
 class Tensor:
     """A storage: its bytes, how many hold it, and whether gradients flow to it."""
 
-    __slots__ = ("base", "booked", "bytes", "grad", "leaf", "needs_grad", "refs", "width")
+    __slots__ = ("base", "booked", "bytes", "grad", "leaf", "needs_grad", "outliers", "refs", "width")
 
     def __init__(self, n: int, needs_grad: bool = False, leaf: bool = False, width: int = 2) -> None:
         self.bytes = n
@@ -65,6 +65,8 @@ class Tensor:
         self.needs_grad = needs_grad
         self.leaf = leaf
         self.grad: Tensor | None = None
+        self.outliers = 0.0
+        """Share of its columns that LLM.int8 multiplies in 16 bits."""
 
 
 class _Node:

@@ -12,7 +12,7 @@ from itertools import accumulate
 from msgspec.structs import replace
 
 from planner.memory.adapters import adapter_parameters, fuses_experts
-from planner.memory.head import HeadCost, ending, head_cost
+from planner.memory.head import HeadCost, ending, head_cost, largest_block
 from planner.memory.lasting import Lasting, lasting, trained_tensors
 from planner.memory.layer import Through, embedded, layer_cost, through
 from planner.memory.moments import CardMemory, Snapshot, line, snapshot
@@ -60,11 +60,10 @@ def training_memory(arch: Architecture, work: Workload, how: Strategy, workspace
     layers = through(arch, p)
     # liger's kernels bring its fused loss along (transformers `use_liger_kernel`)
     fused = how.loss == "fused" or how.kernels == "liger"
-    head = head_cost(ending(arch), replace(p, stream=layers.width), fused)
+    end, last = ending(arch), replace(p, stream=layers.width)
+    head, block = head_cost(end, last, fused), largest_block(end, last, fused)
     weights = weight_bytes(arch, how.quant, how.quant_experts, how.dtype)
     load = weights.total(arch.order)
-    # one float32 copy of the logits is the biggest block of a step
-    block = 0 if fused else rounded(4 * p.tokens * arch.vocab_size)
     offload = how.activation_offload and how.gradient_checkpointing
     if how.gradient_checkpointing:
         shots = _checkpointed(arch, work, p, fixed, layers, head, block, offload, start.kept)
@@ -161,7 +160,7 @@ def _checkpointed(
             )
         )
         grads, held = grads + costs[i].gradients, held - costs[i].leaked
-    shots.append(_embedding_backward(fixed, _stream(arch, p)))
+    shots.append(_embedding_backward(fixed, p, _stream(arch, p)))
     return shots
 
 
@@ -203,7 +202,7 @@ def _recorded(
             )
         )
         grads += cost.gradients
-    shots.append(_embedding_backward(fixed, stream))
+    shots.append(_embedding_backward(fixed, p, stream))
     return shots
 
 
@@ -219,11 +218,13 @@ def _loss(n: int, arch: Architecture, p: Pass) -> MemoryLine:
     return line("logits and loss", n, f"{p.tokens} tokens x {arch.vocab_size} vocabulary, and the final norm")
 
 
-def _embedding_backward(fixed: Lasting, stream: int) -> Snapshot:
+def _embedding_backward(fixed: Lasting, p: Pass, stream: int) -> Snapshot:
     """Full fine-tuning ends backward with a dense gradient of the token embedding."""
     # A tied head's gradient waits for it; the two have different strides, so their sum is a third tensor.
-    # Under accumulation the gradient of earlier micro-batches waits beside them.
-    again = (3 if fixed.accumulated else 2) * fixed.embedding_gradient if fixed.tied else 0
+    # liger's has the same strides and takes the sum. Under accumulation the gradient of earlier micro-batches
+    # waits beside them.
+    more = (1 if p.liger else 2) + (1 if fixed.accumulated else 0)
+    again = more * fixed.embedding_gradient if fixed.tied else 0
     return snapshot(
         "backward",
         (

@@ -78,24 +78,54 @@ def test_rows_of_a_fused_chunk(tokens: int, vocabulary: int, hidden: int, rows: 
     assert fused_chunk_rows(tokens, vocabulary, hidden) == rows
 
 
-def test_fused_loss_holds_one_chunk() -> None:
-    # 4000 / 64 -> 63 chunks; 256 / 63 -> 5 -> 8 rows of 4000 x (2 + 4) B
-    cost = head_cost(replace(END, vocab=4000), FROZEN, True)
-    assert cost.forward_peak == NORM + U + U + 192_000  # normed input, gradient of the input
-    assert cost.saved == NORM + U + LOSS
+LIGER = replace(FROZEN, liger=True)
+"""Its norm keeps its input alone."""
 
 
-def test_fused_loss_needs_far_less_than_full_logits() -> None:
-    full, fused = (head_cost(END, FROZEN, on) for on in (False, True))
-    assert fused.forward_peak < 0.2 * full.forward_peak
-    assert fused.backward_peak < 0.2 * full.backward_peak
+def test_liger_holds_one_chunk_of_logits_in_the_compute_dtype() -> None:
+    # 4000 / 64 -> 63 chunks; 256 / 63 -> 5 -> 8 rows of 4000 x 2 B
+    cost = head_cost(replace(END, vocab=4000), LIGER, True)
+    assert cost.forward_peak == 2 * U + U + 64_000  # normed input, gradient of the input
+    assert cost.saved == U + U + LOSS
 
 
-def test_fused_loss_of_a_trained_head_holds_its_gradient_twice() -> None:
+def test_liger_hands_on_the_gradient_of_a_trained_head_as_it_is() -> None:
     end, weight = replace(END, vocab=4000), 4000 * 64 * 2
-    frozen, full = (head_cost(end, replace(FROZEN, full=on), True) for on in (False, True))
-    assert full.saved - frozen.saved == weight + U  # and the norm keeps its scaled input
-    assert full.forward_peak - frozen.forward_peak == 2 * weight + U
+    frozen, full = (head_cost(end, replace(LIGER, full=on), True) for on in (False, True))
+    assert full.saved - frozen.saved == weight
+    assert full.gradients - frozen.gradients == weight + 512  # and the norm's
+    assert full.backward_peak - frozen.backward_peak < 1.01 * weight
+
+
+CHUNKED = replace(FROZEN, seq=1025)
+"""Two chunks of 512 tokens."""
+
+
+def test_a_chunk_of_logits_is_held_as_the_full_loss_holds_all() -> None:
+    chunk, hidden = 512 * 1000 * 2, 1025 * 64 * 2
+    cost = head_cost(END, CHUNKED, True)
+    norm = 2 * hidden + 1025 * 4
+    # upcast logits and log-softmax; normed hidden states beside them
+    assert cost.forward_peak == pytest.approx(norm + hidden + 4 * chunk, abs=4096)
+    # three float32 copies of a chunk; the last chunk's gradient waits in one of the whole
+    assert cost.backward_peak == pytest.approx(norm + 2 * hidden + 6 * chunk, abs=8192)
+    assert cost.saved == pytest.approx(norm + hidden, abs=4096)
+    assert cost.gradients == 0
+
+
+def test_an_upcast_head_is_cast_for_every_chunk() -> None:
+    end, weight = replace(END, vocab=8000), 8000 * 64 * 2
+    plain, upcast = (
+        head_cost(end, replace(CHUNKED, seq=513, stream=4, upcast=on), True) for on in (False, True)
+    )
+    assert upcast.backward_peak - plain.backward_peak == weight
+
+
+def test_one_chunk_is_no_saving() -> None:
+    short = [head_cost(END, FROZEN, on).backward_peak for on in (False, True)]
+    assert short[1] == pytest.approx(short[0], rel=0.05)
+    long = [head_cost(END, replace(FROZEN, seq=8193), on).backward_peak for on in (False, True)]
+    assert long[1] < 0.2 * long[0]
 
 
 def test_more_tokens_or_words_never_cost_less() -> None:
