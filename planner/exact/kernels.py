@@ -81,15 +81,29 @@ def _int8_mixed(args: Any, kwargs: Any, out: Any, card: Any) -> int:
     return max(weight.shape[0] * picked * 9 - out_bytes, held + product)
 
 
+def _safe_softmax(args: Any, kwargs: Any, out: Any, card: Any) -> int:
+    """Where the scores are minus infinity, to find rows that are masked as a whole (aten/native/SoftMax.cpp)."""
+    n: int = args[0].numel()
+    return rounded(n)
+
+
 def _embedding_backward(args: Any, kwargs: Any, out: Any, card: Any) -> int:
     """Sorted and original positions (aten/native/cuda/Embedding.cu)."""
     n: int = args[1].numel()
     return 4 * rounded(8 * n) if n > 3072 else 0
 
 
+def _softmax_backward(args: Any, kwargs: Any, out: Any, card: Any) -> int:
+    """grad * output, made first (aten/native/cuda/SoftMax.cu, softmax_backward_cuda_out)."""
+    grad = args[0]
+    return rounded(grad.numel() * grad.element_size())
+
+
 _KERNELS: dict[str, Kernel] = {
+    "aten::_softmax_backward_data": _softmax_backward,
     "aten::_scaled_dot_product_flash_attention_backward": _flash_backward,
     "aten::_scaled_dot_product_efficient_attention_backward": _efficient_backward,
+    "aten::_safe_softmax": _safe_softmax,
     "aten::embedding_dense_backward": _embedding_backward,
     "bitsandbytes::gemm_4bit": _gemm_4bit,
     "bitsandbytes::int8_vectorwise_quant": _int8_quant,

@@ -226,7 +226,8 @@ def _eager(tape: Tape, p: Pass, spec: Attention, q: Tensor, k: Tensor, v: Tensor
     share = _share_of_sink(tape, p, masked, p.tokens * heads) if p.eager == "rescaled" else None
     # softmax(dtype=float32) converts bfloat16 first (ATen/native/SoftMax.cpp)
     wide = tape.cast(masked, 4)
-    soft = tape.op((wide,), scores * 4, save_out=True)
+    # its backward begins with grad * output (the same file)
+    soft = tape.op((wide,), scores * 4, save_out=True, back_temp=scores * 4)
     tape.free(wide)
     answered = tape.cast(soft, q.width)  # .to(query.dtype)
     tape.free(masked, soft)
@@ -265,7 +266,7 @@ def _shifted(tape: Tape, p: Pass, spec: Attention, masked: Tensor, keys: Tensor,
         tape.free(masked)
     shifted = tape.op((combined,), n)
     tape.free(combined)
-    soft = tape.op((shifted,), n, save_out=True)
+    soft = tape.op((shifted,), n, save_out=True, back_temp=n)
     tape.free(shifted)
     out_bytes = p.tokens * spec.heads * (spec.value_dim or spec.head_dim) * p.width
     out = tape.op((soft, values), out_bytes, save=(soft, values), width=p.width)
