@@ -205,47 +205,7 @@ def test_real_cells_on_the_cpu_stop_on_sigterm_and_resume(tmp_path):
     assert all(row["figures"]["environment"]["libraries"]["torch"] for row in rows.values())
 
 
-@pytest.fixture
-def patched_only_here(monkeypatch):
-    """The bench replaces a function of the executor for the life of its process."""
-    pytest.importorskip("torch")
-    from executor import train
-
-    monkeypatch.setattr(train, "add_adapters", train.add_adapters)
-
-
 @pytest.mark.executor
-@pytest.mark.usefixtures("patched_only_here")
-def test_a_loaded_model_runs_again_as_the_first_time(tmp_path):
-    """What every try of the search rests on: no second set of adapters, and the same mixed precision."""
-    torch = pytest.importorskip("torch")
-    from benchmarks.accuracy.bench import Bench, _adapted, clean
-
-    work = Workload(task="train", method="lora", seq_len=32, lora_dropout=0.0)
-    item = identified(Cell(model="tiny-qwen2", workload=work, strategy=Strategy(dtype="bf16")))
-    bench = Bench(item, "cpu", tmp_path, lambda part: None)
-    attempt = bench._attempt(None)
-    attempt.run()
-    seen = set()
-    (model,) = _adapted.values()
-    names = [name for name, _ in model.named_parameters()]
-    for i in range(2):
-        clean(attempt)
-        assert "_original_forward" not in vars(model)
-        assert all(p.grad is None for p in model.parameters())
-        if i == 0:
-            adapter = next(
-                module for name, module in model.named_modules() if name.endswith("lora_A.default")
-            )
-            adapter.register_forward_hook(lambda *parts: seen.add(parts[-1].dtype))
-        attempt.again(tmp_path / f"again-{i}")
-        assert seen == {torch.bfloat16}, "float32 adapters work in bf16 under autocast"
-        assert [name for name, _ in model.named_parameters()] == names
-    _adapted.clear()
-
-
-@pytest.mark.executor
-@pytest.mark.usefixtures("patched_only_here")
 @pytest.mark.parametrize("task", ["train", "infer"])
 def test_the_second_allocator_begins_with_nothing_of_the_first(tmp_path, monkeypatch, task):
     import gc
@@ -278,36 +238,104 @@ def test_the_second_allocator_begins_with_nothing_of_the_first(tmp_path, monkeyp
     assert len(models) == 2
 
 
-@pytest.mark.executor
-@pytest.mark.usefixtures("patched_only_here")
-def test_caps_are_searched_by_running_out_of_memory(tmp_path, monkeypatch):
-    """The search on a model that is really loaded; the card's answer is made up."""
+@pytest.fixture
+def card(monkeypatch):
+    """A card whose cap the tests look at: `card(need)` makes work fail under caps below `need` bytes."""
     pytest.importorskip("torch")
+    from benchmarks.accuracy import bench, capped
+
+    caps = []
+    monkeypatch.setattr(capped, "set_cap", caps.append)
+    monkeypatch.setattr(bench, "set_cap", caps.append)
+
+    def answers(need):
+        def check():
+            if caps and caps[-1] is not None and caps[-1] < need:
+                raise RuntimeError("CUDA out of memory. Tried to allocate 20.00 MiB")
+
+        return check
+
+    answers.caps = caps
+    return answers
+
+
+@pytest.mark.executor
+def test_the_cap_of_training_is_searched_with_one_more_step_of_the_run(tmp_path, card):
+    """Every try is a whole step: the same mixed precision, and the optimizer's state moves."""
+    import torch
+
     from benchmarks.accuracy import bench as module
-    from executor.attempt import Outcome
+    from benchmarks.accuracy.capped import Search, searching_at_the_end
+    from executor import train
+    from executor.measure import MomentMeter
+
+    work = Workload(task="train", method="lora", seq_len=32, lora_dropout=0.0)
+    item = identified(Cell(model="tiny-qwen2", workload=work, strategy=Strategy(dtype="bf16")))
+    attempt = module.Bench(item, "cpu", tmp_path, lambda part: None)._attempt(None)
+    need, steps, seen, stock = int(1.07 * GIB), [], set(), train._make_trainer
+    fails = card(need)
+
+    class Known(Search):
+        def run(self, low, high, work):
+            (trainer,) = trainers
+            adapter = next(m for name, m in trainer.model.named_modules() if name.endswith("lora_A.default"))
+
+            def step():
+                fails()
+                work()
+                steps.append(int(trainer.optimizer.state[adapter.weight]["step"]))
+
+            adapter.register_forward_hook(lambda *parts: seen.add(parts[-1].dtype))
+            super().run(GIB, int(1.3 * GIB), step)
+            assert all(p.grad is None for p in trainer.model.parameters())
+
+    trainers = []
+    search = Known(1.05, 2 * GIB)
+
+    def noted(*args):
+        trainers.append(stock(*args))
+        return trainers[-1]
+
+    train._make_trainer = noted
+    try:
+        with searching_at_the_end(search, lambda: MomentMeter(torch.device("cpu"))):
+            outcome = attempt.run()
+    finally:
+        train._make_trainer = stock
+    assert search.found["failed_bytes"] < need <= search.found["worked_bytes"] <= 1.08 * GIB
+    assert len(card.caps) == search.found["attempts"] + 1 and card.caps[-1] == 2 * GIB
+    assert seen == {torch.bfloat16}, "float32 adapters work in bf16 under autocast"
+    assert steps == list(range(3, 3 + len(steps))) and steps
+    assert len(outcome.trained.record.losses) == 2
+
+
+@pytest.mark.executor
+def test_the_cap_of_generation_is_searched_with_the_loaded_model(tmp_path, card, monkeypatch):
+    from benchmarks.accuracy import bench as module
+    from benchmarks.accuracy.capped import Search
 
     work = Workload(task="infer", prompt_tokens=16, new_tokens=4)
     item = identified(Cell(model="tiny-qwen2", workload=work, strategy=Strategy(dtype="fp32")))
     bench = module.Bench(item, "cpu", tmp_path, lambda part: None)
     attempt = bench._attempt(None)
-    outcome: Outcome = attempt.run()
-    outcome.allocated_peak_bytes, outcome.reserved_peak_bytes = GIB, int(1.3 * GIB)
-    caps, need, again = [], int(1.07 * GIB), attempt.again
+    attempt.run()
+    need = int(1.07 * GIB)
+    fails, again = card(need), attempt.again
 
     def under_cap(folder):
         again(folder)
-        if caps[-1] < need:
-            raise RuntimeError("CUDA out of memory. Tried to allocate 20.00 MiB")
+        fails()
 
-    monkeypatch.setattr(module, "set_cap", caps.append)
     monkeypatch.setattr(attempt, "again", under_cap)
-    found = bench._search(attempt, outcome, share_bytes=2 * GIB, slack=1.05)
-    assert found["failed_bytes"] < need <= found["worked_bytes"] <= 1.08 * GIB
-    assert found["attempts"] == len(caps) - 1 and caps[-1] == 2 * GIB
+    search = Search(1.05, None)
+    search.run(GIB, int(1.3 * GIB), bench._generating(attempt))
+    assert search.found["failed_bytes"] < need <= search.found["worked_bytes"] <= 1.08 * GIB
+    assert card.caps[-1] is None
+    assert not list(tmp_path.glob("run-*/outputs.jsonl")), "tries leave nothing on the disk"
 
     def broken(folder):
         raise RuntimeError("an error of another kind")
 
     monkeypatch.setattr(attempt, "again", broken)
     with pytest.raises(RuntimeError, match="another kind"):
-        bench._search(attempt, outcome, share_bytes=None, slack=1.0)
+        search.run(GIB, int(1.3 * GIB), bench._generating(attempt))
