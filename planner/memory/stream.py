@@ -18,12 +18,29 @@ from planner.memory.tape import rounded
 from planner.memory.weights import WIDTH, layer_linears, parameter_bytes, weight_bytes
 from planner.placement import spread_evenly
 from planner.types import MemoryLine, Strategy
-from planner.units import format_bytes
+from planner.units import MIB, format_bytes
 from profiles.precisions import load_precisions, stored_bytes
 from profiles.schema import Architecture, Layer, Linear, Parameter
 
 SLOTS = 2
 """One to read and one to fill: a third would hold what can as well be a resident layer."""
+
+RING_BUFFERS = 3
+"""Blocks of page-locked RAM that layers of the disk tier pass through, each of the largest slab's size: one
+read by the link, one ready, one filled from disk."""
+
+HEAD_BUFFERS = 2
+"""Blocks of a streamed output projection on the card: one to multiply by and one to fill."""
+
+HEAD_BLOCK_BYTES = 64 * MIB
+"""Most bytes of one block of vocabulary rows: large enough for the link's full rate, and its logits small."""
+
+
+def head_block_rows(vocab: int, hidden: int, width: int) -> int:
+    """Vocabulary rows of one block, a multiple of 128 unless they are all; `width`: bytes of an element."""
+    rows = HEAD_BLOCK_BYTES // (hidden * width) // 128 * 128
+    return min(vocab, max(128, rows))
+
 
 _TENSOR, _SLAB = 256, 4096
 _OFFSET = {"nf4": (4,)}
