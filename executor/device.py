@@ -71,10 +71,6 @@ def check_abilities(candidate: Candidate, workload: Workload, device: torch.devi
         raise MissingPackage(
             "kernels liger need the package liger-kernel", "pip install 'fitwright[executor]'"
         )
-    if strategy.quant_experts != "none":
-        raise CannotHonour(
-            "quantized experts are not built in this engine", "plan with `--quant-experts none`"
-        )
     if strategy.speculate != "none":
         raise CannotHonour("speculation is not built in this engine", "plan with `--speculate none`")
     if workload.task == "train" and strategy.activation_offload:

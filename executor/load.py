@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -59,16 +59,22 @@ def load_model(
         "offload_folder": offload_folder,
         "ignore_mismatched_sizes": True,  # they are refused below, by name and file
     }
-    if source.folder is None:
-        dtype, attention = common["dtype"], common["attn_implementation"]
-        kind, state = lazy_state_dict(config, dtype, device, seed, attention)
-        with whole_errors():
+    packs = strategy.quant_experts != "none"
+    with whole_errors(), _packing_experts() if packs else nullcontext():
+        if source.folder is None:
+            dtype, attention = common["dtype"], common["attn_implementation"]
+            kind, state = lazy_state_dict(config, dtype, device, seed, attention, packs)
             model, info = kind.from_pretrained(None, state_dict=state, **common)
-    else:
-        with whole_errors():
+        else:
             model, info = _from_folder(source, common, remote_code)
     _refuse_incomplete(info, source)
     return model.eval()
+
+
+def _packing_experts() -> AbstractContextManager[None]:
+    from executor.packed_loading import packing_experts  # imports transformers' loader
+
+    return packing_experts()
 
 
 @contextmanager

@@ -86,7 +86,10 @@ def write_model(folder: Path, kind: str) -> ModelSource:
 def request(
     source: ModelSource, quant: str = "none", resident: int | None = 0, task: str = "infer", **strategy: Any
 ) -> LoadRequest:
-    """To load `source` on the CPU with `resident` layers that stay."""
+    """To load `source` on the CPU with `resident` layers that stay. quant: "nf4+experts" has fused experts in
+    NF4, too."""
+    quant, _, experts = quant.partition("+")
+    strategy["quant_experts"] = "nf4" if experts else "none"
     candidate = Candidate(
         rank=1,
         strategy=Strategy(**{"placement": "cpu", "quant": quant, **strategy}),

@@ -149,7 +149,6 @@ def test_weights_of_another_shape_are_refused(tiny: Path) -> None:
     [
         ({"task": "train"}, {"activation_offload": True}, {"": "cpu"}, "activation offload"),
         ({"task": "train", "method": "full"}, {"dtype": "fp16"}, {"": "cpu"}, "cannot scale"),
-        ({}, {"quant_experts": "nf4"}, {"": "cpu"}, "quantized experts"),
         ({}, {"speculate": "lookup"}, {"": "cpu"}, "speculation"),
         ({}, {}, {"model": 0, "lm_head": 99}, "over cards 0, 99"),
     ],

@@ -22,7 +22,14 @@ from planner.exact.adapters import add_adapters
 
 pytestmark = pytest.mark.executor
 MODES = ("none", "reentrant", "non-reentrant")
-CASES = [("llama", "none"), ("llama", "nf4"), ("gemma2", "nf4"), ("qwen2", "int8"), ("olmoe", "nf4")]
+CASES = [
+    ("llama", "none"),
+    ("llama", "nf4"),
+    ("gemma2", "nf4"),
+    ("qwen2", "int8"),
+    ("olmoe", "nf4"),
+    ("mixtral", "nf4+experts"),
+]
 
 
 def train(engine: Any, source: ModelSource, quant: str, mode: str, kept: int | None = None) -> list[Any]:
@@ -120,7 +127,10 @@ def shuffled(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize(("kind", "quant"), [("llama", "none"), ("llama", "nf4"), ("qwen2", "int8")])
+@pytest.mark.parametrize(
+    ("kind", "quant"),
+    [("llama", "none"), ("llama", "nf4"), ("qwen2", "int8"), ("gpt_oss", "nf4+experts")],
+)
 @pytest.mark.usefixtures("shuffled")
 def test_right_under_any_schedule(tmp_path: Path, kind: str, quant: str, mode: str) -> None:
     """Handles do not rely on a layer coming back to its slot, or being there by chance."""
@@ -138,6 +148,16 @@ def test_stock_products_on_reused_slots_are_wrong(
     monkeypatch.setattr(linears, "adopt", lambda _streamer: None)
     source = write_model(tmp_path, "llama")
     want, got = train(resident, source, quant, mode), train(stream, source, quant, mode, 0)
+    assert torch.equal(want[0], got[0]) and not same(want, got)
+
+
+@pytest.mark.usefixtures("shuffled")
+def test_experts_that_acquire_no_layer_are_wrong(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(linears, "partial", lambda *_: lambda: None)
+    source = write_model(tmp_path, "mixtral")
+    want, got = (
+        train(engine, source, "nf4+experts", "none", kept) for engine, kept in ((resident, None), (stream, 0))
+    )
     assert torch.equal(want[0], got[0]) and not same(want, got)
 
 
