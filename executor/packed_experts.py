@@ -91,6 +91,7 @@ def pack(weights: Iterable[torch.Tensor], experts: int, transposed: bool) -> nn.
     packing = Packing(experts, transposed)
     for weight in weights:
         packing.add(weight)
+        del weight  # before the next one is made
     return packing.parameter()
 
 
@@ -187,7 +188,7 @@ class PackedExperts(nn.Module):
     def _linear(self, x: torch.Tensor, name: str, ids: torch.Tensor, groups: Groups) -> torch.Tensor:
         out = _Product.apply(x.to(getattr(self, name).quant_state.dtype), self, name, groups)
         bias = getattr(self, f"{name}_bias", None) if getattr(self, "has_bias", False) else None
-        return out if bias is None else out + bias[ids]
+        return out if bias is None else out.add_(bias[ids])
 
     def _groups(self, ids: torch.Tensor) -> list[tuple[int, int, int]]:
         """The one read on the host: how many rows each expert has. `ids`: in their order."""

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from itertools import chain
 from typing import Any
 
 import torch
@@ -78,9 +77,8 @@ class _Quantize(Bnb4bitQuantize):  # type: ignore[misc]
             if not is_stack(model, name):
                 result |= super().convert({name: value}, *args, model=model, **kwargs)
                 continue
-            _require_shape(model, name, tuple(tensor.shape))
-            weights = tensor.experts() if isinstance(tensor, LazyStack) else tensor
-            result[name] = pack(weights, tensor.shape[0], _transposed(model, name))
+            weights = tensor.experts() if isinstance(tensor, LazyStack) else iter(tensor)
+            result[name] = _packed(model, name, weights, tensor.shape[0])
         return result
 
 
@@ -108,10 +106,8 @@ class _ExpertByExpert(WeightConverter):  # type: ignore[misc]
             return dict(super().convert(layer_name, model=model, **kwargs))
         experts = counts.pop()
         self.quantization_operation = None
-        first = self._one(0, waiting, layer_name, model, kwargs)
-        _require_shape(model, layer_name, (experts, *first.shape))
-        others = (self._one(index, waiting, layer_name, model, kwargs) for index in range(1, experts))
-        return {layer_name: pack(chain((first,), others), experts, _transposed(model, layer_name))}
+        weights = (self._one(index, waiting, layer_name, model, kwargs) for index in range(experts))
+        return {layer_name: _packed(model, layer_name, weights, experts)}
 
     def _one(self, index: int, waiting: Any, layer_name: str, model: Any, kwargs: Any) -> torch.Tensor:
         """The weight of expert `index`: what the operations make of a stack of one."""
@@ -122,16 +118,20 @@ class _ExpertByExpert(WeightConverter):  # type: ignore[misc]
         return weight
 
 
-def _transposed(model: Any, name: str) -> bool:
-    return bool(model.get_submodule(name.rpartition(".")[0]).is_transposed)
-
-
-def _require_shape(model: Any, name: str, shape: tuple[int, ...]) -> None:
-    """Errors: `BadWeights` for a stack of another shape than the model's."""
+def _packed(model: Any, name: str, weights: Iterator[torch.Tensor], experts: int) -> Any:
+    """The packed stack of `experts` weights. Errors: `BadWeights` where the model's has another shape."""
     wanted = tuple(model.get_parameter(name).shape)
-    if shape != wanted:
-        there, asked = ("x".join(map(str, each)) for each in (shape, wanted))
-        raise BadWeights(
-            f"{name} has the shape {there} and config.json asks for {asked}",
-            "config.json or the weights are of another model; download both again",
-        )
+
+    def checked() -> Iterator[torch.Tensor]:
+        for weight in weights:
+            shape = (experts, *weight.shape)
+            if shape != wanted:
+                there, asked = ("x".join(map(str, each)) for each in (shape, wanted))
+                raise BadWeights(
+                    f"{name} has the shape {there} and config.json asks for {asked}",
+                    "config.json or the weights are of another model; download both again",
+                )
+            yield weight
+            del weight
+
+    return pack(checked(), experts, model.get_submodule(name.rpartition(".")[0]).is_transposed)

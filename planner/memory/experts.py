@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from planner.memory.activations import activation
-from planner.memory.forward import Pass, multiply
+from planner.memory.forward import CUSTOM_GEMM_TOKENS, Pass, multiply
 from planner.memory.tape import Tape, Tensor
 from profiles.schema import Experts
 
@@ -20,22 +20,32 @@ def routed_experts(tape: Tape, p: Pass, y: Tensor, spec: Experts, act: str) -> T
     picked = tape.op((y,), pairs * d * w, width=w)  # hidden_states[perm // k]
     index = tape.new(pairs * 8 * 3)
     up_spec, down_spec = _expert_weights(spec, d)
-    if not p.train and p.seq == 1 and spec.fused:
+    if not p.train and p.seq == 1 and spec.fused and not p.packed_experts:
         # decode copies the weights of every expert a token picked (transformers switches to batched_mm)
         tape.touch(pairs * (up_spec + down_spec) // max(1, spec.count) * w)
+    up_size = up_spec // max(1, spec.count * d)
+    temp, back_temp = _beside(p, spec, up_spec, up_size)
     up_w = tape.parameter(up_spec * w, p.full)
     down_w = tape.parameter(down_spec * w, p.full)
     keep = (picked,) if p.full else ()
     biases = [item for item in spec.parameters if item.name.endswith("bias")]
     bias = tape.new(pairs * biases[0].shape[-1] * w) if biases else None  # of each pair's expert
-    both = tape.op((picked, up_w), pairs * (up_spec // max(1, spec.count * d)) * w, save=keep)
+    both = tape.op(
+        (picked, up_w),
+        pairs * up_size * w,
+        save=keep,
+        temp=temp,
+        back_temp=back_temp,
+    )
     gate, up = tape.view(both, both.bytes // 2), tape.view(both, both.bytes // 2)
     middle = _clamped(tape, gate, up) if p.clamped_experts else _activated(tape, p, gate, up, act)
     tape.free(both, gate, up)
     if biases:
         tape.free(bias)
         bias = tape.new(pairs * d * w)
-    out = tape.op((middle, down_w), pairs * d * w, save=(middle,) if p.full else ())
+    temp, back_temp = _beside(p, spec, down_spec, d)
+    keep = (middle,) if p.full else ()
+    out = tape.op((middle, down_w), pairs * d * w, save=keep, temp=temp, back_temp=back_temp)
     tape.free(middle)
     wide = max(w, weights.width)
     # the gradient of a weight is a product with every feature, summed; that of an output is cast back
@@ -50,6 +60,16 @@ def routed_experts(tape: Tape, p: Pass, y: Tensor, spec: Experts, act: str) -> T
     out_total = tape.cast(total, y.width)
     tape.free(total, restored, scores, weights, index, out, picked, bias)
     return out_total
+
+
+def _beside(p: Pass, spec: Experts, weights: int, outputs: int) -> tuple[int, int]:
+    """Bytes beside a product with packed experts, forward and backward: the product of one expert's rows, and
+    its weight, forward only where bitsandbytes multiplies so many rows by no packed one."""
+    if not (p.packed_experts and spec.fused):
+        return 0, 0
+    weight = weights // max(1, spec.count) * p.width
+    rows = -(-p.tokens * spec.per_token // max(1, spec.count))
+    return rows * outputs * p.width + (weight if rows > CUSTOM_GEMM_TOKENS else 0), weight
 
 
 def _activated(tape: Tape, p: Pass, gate: Tensor, up: Tensor, act: str) -> Tensor:

@@ -31,6 +31,7 @@ def prefill_pass(arch: Architecture, work: Workload, how: Strategy) -> Pass:
         width=width,
         stream=width,
         quant=how.quant,
+        packed_experts=how.quant_experts != "none",
         attention=how.attention,
         **habits(arch.model_type, False),
         liger=False,

@@ -38,6 +38,8 @@ class Pass(Struct, frozen=True, kw_only=True):
     """LoRA on attention linears only (q, k, v, o)."""
     fused_experts: bool = False
     """Experts are 3-D parameters: LoRA leaves them, and linears called like them, alone."""
+    packed_experts: bool = False
+    """Experts are quantized: each is dequantized when its rows are multiplied by it."""
     rank: int = 8
     dropout: float = 0.05
     adapter_width: int = 4

@@ -15,7 +15,7 @@ from msgspec.structs import replace
 
 from planner.memory.moments import CardMemory, line
 from planner.memory.tape import rounded
-from planner.memory.weights import WIDTH, layer_linears, parameter_bytes, weight_bytes
+from planner.memory.weights import WIDTH, layer_linears, packed_stack, parameter_bytes, weight_bytes
 from planner.placement import spread_evenly
 from planner.types import MemoryLine, Strategy
 from planner.units import MIB, format_bytes
@@ -49,13 +49,13 @@ _TABLES = {"nf4": (16 * 4, 256 * 4)}
 """Code books, which all streamed weights share."""
 
 
-def slab_bytes(layer: Layer, quant: str, width: int) -> int:
+def slab_bytes(layer: Layer, quant: str, width: int, quant_experts: str = "none") -> int:
     """Bytes of one layer's slab. `width`: of an element that is not quantized."""
-    used = sum(-(-size // _TENSOR) * _TENSOR for size in _tensors(layer, quant, width))
+    used = sum(-(-size // _TENSOR) * _TENSOR for size in _tensors(layer, quant, width, quant_experts))
     return -(-used // _SLAB) * _SLAB
 
 
-def _tensors(layer: Layer, quant: str, width: int) -> Iterator[int]:
+def _tensors(layer: Layer, quant: str, width: int, quant_experts: str) -> Iterator[int]:
     """Bytes of every tensor that is streamed with a layer."""
     attention, channel = layer.attention, layer.feed_forward
     for norm in (*layer.norms, *attention.norms, *channel.norms):
@@ -70,7 +70,11 @@ def _tensors(layer: Layer, quant: str, width: int) -> Iterator[int]:
                 yield from _linear(router, quant, width)
             else:
                 parameters.append(router)
-        parameters += experts.parameters if experts.fused else ()
+        for item in experts.parameters if experts.fused else ():
+            if quant_experts != "none" and len(item.shape) == 3:
+                yield from packed_stack(item, quant_experts)
+            else:
+                parameters.append(item)
         for linear in () if experts.fused else experts.linears * experts.count:
             yield from _linear(linear, quant, width)
     for item in parameters:
@@ -94,9 +98,9 @@ def _stays(item: Parameter) -> bool:
 
 
 @lru_cache(maxsize=1024)
-def slabs(arch: Architecture, quant: str, dtype: str) -> tuple[int, ...]:
+def slabs(arch: Architecture, quant: str, dtype: str, quant_experts: str = "none") -> tuple[int, ...]:
     """Bytes of the slab of every layer, in order."""
-    kinds = [slab_bytes(layer, quant, WIDTH[dtype]) for layer in arch.kinds]
+    kinds = [slab_bytes(layer, quant, WIDTH[dtype], quant_experts) for layer in arch.kinds]
     return tuple(kinds[kind] for kind in arch.order)
 
 
@@ -108,7 +112,7 @@ def streamed_layers(arch: Architecture, resident: int) -> tuple[int, ...]:
 
 def pinned_bytes(arch: Architecture, how: Strategy, resident: int) -> int:
     """Page-locked RAM of all streamed layers."""
-    sizes = slabs(arch, how.quant, how.dtype)
+    sizes = slabs(arch, how.quant, how.dtype, how.quant_experts)
     return sum(sizes[index] for index in streamed_layers(arch, resident))
 
 
@@ -121,7 +125,7 @@ def streamed_memory(memory: CardMemory, arch: Architecture, how: Strategy, resid
     if not away:
         return memory
     weights = weight_bytes(arch, how.quant, how.quant_experts, how.dtype)
-    sizes = slabs(arch, how.quant, how.dtype)
+    sizes = slabs(arch, how.quant, how.dtype, how.quant_experts)
     left = sum(weights.layers[arch.order[index]] - _left_behind(arch, index, how) for index in away)
     count, largest = min(SLOTS, len(away)), max(sizes[index] for index in away)
     tables = sum(rounded(table) for table in _TABLES.get(how.quant, ()))

@@ -36,6 +36,7 @@ def training_pass(arch: Architecture, work: Workload, how: Strategy) -> Pass:
         upcast=how.upcast_frozen,
         autocast=how.dtype != "fp32",
         quant=how.quant,
+        packed_experts=how.quant_experts != "none",
         full=work.method == "full",
         adapters=work.method != "full",
         attention_only=work.lora_targets == "attention",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,8 @@ from executor.packed_experts import STACKS, PackedExperts, Packing, dequantized,
 from executor.random_weights import LazyStack
 from executor.source import ModelSource
 from planner.exact.adapters import target_modules
+from planner.memory.stream import slabs, streamed_layers
+from profiles.architecture import architecture
 
 pytestmark = pytest.mark.executor
 MIXTURES = ("mixtral", "qwen3_moe", "olmoe", "deepseek_v3", "gpt_oss")
@@ -60,6 +63,10 @@ def test_streamed_equals_resident(tmp_path: Path, kind: str) -> None:
     source = write_model(tmp_path, kind)
     want = logits(resident.load(request(source, "nf4+experts")).model)
     loaded = stream.load(request(source, "nf4+experts", 1))
+    arch = architecture(json.loads((source.folder / "config.json").read_text()))  # type: ignore[operator]
+    sizes = slabs(arch, "nf4", "bf16", "nf4")
+    filled = sum(sizes[layer] for layer in streamed_layers(arch, 1)[: loaded.slots])
+    assert loaded.traffic()["bytes_streamed"] == filled, "slabs are as large as they are planned"
     assert torch.equal(logits(loaded.model), want)
     assert torch.equal(logits(loaded.model), want), "and from whatever the slots held before"
     loaded.close()

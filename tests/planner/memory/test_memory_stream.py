@@ -56,13 +56,15 @@ def test_a_slab_of_llama_in_nf4() -> None:
     assert round(used / 2**20) == 421
 
 
-@pytest.mark.parametrize("quant", ["none", "int8", "nf4"])
-def test_slabs_waste_little(quant: str) -> None:
+@pytest.mark.parametrize(
+    ("quant", "experts"), [("none", "none"), ("int8", "none"), ("nf4", "none"), ("nf4", "nf4")]
+)
+def test_slabs_waste_little(quant: str, experts: str) -> None:
     """Pinned memory is at most 3 % above the weights' own bytes."""
     for name in ("qwen2.5-0.5b", "llama-3.1-8b", "qwen3-30b-a3b", "deepseek-v2-lite"):
         arch = architecture(load_model(name).config)
-        weights = weight_bytes(arch, quant, "none", "bf16")
-        for slab, kind in zip(slabs(arch, quant, "bf16"), arch.order, strict=True):
+        weights = weight_bytes(arch, quant, experts, "bf16")
+        for slab, kind in zip(slabs(arch, quant, "bf16", experts), arch.order, strict=True):
             assert weights.layers[kind] * 0.97 <= slab <= weights.layers[kind] * 1.03
 
 
