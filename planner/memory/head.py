@@ -3,7 +3,8 @@
 The loss is transformers' `ForCausalLMLoss` (loss/loss_utils.py): logits in the compute dtype, upcast to
 float32, `log_softmax` kept for backward, then two more float32 copies of [T, V] when backward starts.
 Accelerate's mixed precision also returns float32 logits. The fused loss never holds more than a chunk of
-them (liger_kernel/ops/fused_linear_cross_entropy.py).
+them: liger's, a few tokens by the whole vocabulary (liger_kernel/ops/fused_linear_cross_entropy.py); torch's,
+a block of the vocabulary by many tokens (`planner/exact/chunked_loss.py`).
 """
 
 from __future__ import annotations
@@ -13,8 +14,12 @@ from functools import lru_cache
 from msgspec import Struct
 
 from planner.memory.forward import Pass, norm
-from planner.memory.tape import Tape, Tensor
+from planner.memory.stream import head_block_rows
+from planner.memory.tape import Tape, Tensor, rounded
 from profiles.schema import Architecture, Norm
+
+CHUNK_LOGITS = 8 * 2**20
+"""Most logits that torch's fused loss has at once: 32 MiB in float32, one block by a chunk of tokens."""
 
 
 class HeadCost(Struct, frozen=True):
@@ -51,7 +56,10 @@ def head_cost(end: Ending, p: Pass, fused: bool) -> HeadCost:
     x = tape.new(p.tokens * end.hidden * p.stream, needs_grad=True, width=p.stream)
     y = norm(tape, p, x, end.norm, p.tokens) if end.norm else tape.hold(x)
     tape.free(x)
-    loss = _fused_loss(tape, p, y, end) if fused else _full_loss(tape, p, y, end)
+    if fused:
+        loss = _liger_loss(tape, p, y, end) if p.liger else _chunked_loss(tape, p, y, end)
+    else:
+        loss = _full_loss(tape, p, y, end)
     forward_peak, saved = tape.peak, tape.live
     tape.mark()
     loss.grad = tape.new(512)
@@ -107,7 +115,7 @@ def fused_chunk_rows(t: int, v: int, d: int) -> int:
     return min(t, 1 << (rows - 1).bit_length())
 
 
-def _fused_loss(tape: Tape, p: Pass, y: Tensor, end: Ending) -> Tensor:
+def _liger_loss(tape: Tape, p: Pass, y: Tensor, end: Ending) -> Tensor:
     t, v, d = p.tokens, end.vocab, end.hidden
     rows = fused_chunk_rows(t, v, d)
     weight = tape.parameter(v * d * p.width, p.full)
@@ -118,4 +126,34 @@ def _fused_loss(tape: Tape, p: Pass, y: Tensor, end: Ending) -> Tensor:
     # gradients are ready after forward and kept for backward, which only scales them
     loss = tape.op((y, weight), 512, save=(grad_input,) if grad_weight is None else (grad_input, grad_weight))
     tape.free(grad_input, grad_weight, y)
+    return loss
+
+
+def _chunked_loss(tape: Tape, p: Pass, y: Tensor, end: Ending) -> Tensor:
+    t, v, d = p.tokens, end.vocab, end.hidden
+    weight = tape.parameter(v * d * p.width, p.full)
+    if end.scale:  # of what the output projection hands through
+        scaled = tape.op((y,), y.bytes)
+        tape.free(y)
+        y = scaled
+    narrow = tape.cast(y, p.width)
+    sums = tape.new(4 * t)  # log of the sum of exponents, one a token
+    rows = head_block_rows(v, d, p.width)
+    part = min(t, max(1, CHUNK_LOGITS // rows)) * rows
+    cast = rows * d * p.width if p.upcast and p.autocast else 0
+    # logits as they come and in float32, then those beside what logsumexp makes of them
+    tape.touch(cast + 8 * part)
+    wide, answer = 4 * t * d, rounded(t * d * p.width)
+    slopes = part * ((4 if p.width == 4 else 4 + p.width) + (4 if end.softcap else 0))
+    products = rounded(part // rows * d * p.width) + (4 * rows * d if p.full else 0)
+    loss = tape.op(
+        (narrow, weight),
+        512,
+        save=(narrow, sums),
+        # the gradient in float32 beside the parts, and at the end beside its copy in the compute dtype
+        back_temp=wide + max(0, cast + slopes + products - answer),
+    )
+    if p.autocast:  # accelerate's ConvertOutputsToFp32 takes the hidden states for logits
+        tape.touch(wide)
+    tape.free(sums, narrow, y)
     return loss

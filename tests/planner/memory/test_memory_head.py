@@ -20,6 +20,7 @@ LOSS = 512
 
 END = Ending(hidden=64, vocab=1000, norm=Norm("norm", 64), softcap=False, scale=False)
 FROZEN = Pass(batch=1, seq=256, train=True, autocast=True)
+LIGER = replace(FROZEN, liger=True)
 
 
 def test_forward_holds_logits_upcast_softmax_and_the_returned_copy() -> None:
@@ -78,24 +79,42 @@ def test_rows_of_a_fused_chunk(tokens: int, vocabulary: int, hidden: int, rows: 
     assert fused_chunk_rows(tokens, vocabulary, hidden) == rows
 
 
-def test_fused_loss_holds_one_chunk() -> None:
+def test_fused_loss_holds_one_block_for_a_chunk_of_tokens() -> None:
+    # blocks of 64 MiB / 8 KiB = 8192 words, for 2 ** 23 / 8192 = 1024 of the 2048 tokens: 2 ** 23 logits
+    end, tokens, part = replace(END, hidden=4096, vocab=128_256, norm=None), 2048, 2**23
+    cost = head_cost(end, replace(FROZEN, seq=tokens), True)
+    states = tokens * 4096 * 2
+    # in float32 twice: as they are, and what logsumexp makes of them
+    assert cost.forward_peak == states + 4 * tokens + 8 * part
+    assert cost.saved == states + 4 * tokens + LOSS
+    # beside the states and their gradient in float32: logits in float32 and bf16, a chunk's share in bf16
+    assert cost.backward_peak == 3 * states + 4 * tokens + 2 * LOSS + 6 * part + 1024 * 4096 * 2
+
+
+def test_a_trained_head_has_its_gradient_once_and_a_block_in_float32() -> None:
+    frozen, full = (head_cost(END, replace(FROZEN, full=on), True) for on in (False, True))
+    assert 0 <= full.gradients - frozen.gradients - 1000 * 64 * 2 <= LOSS
+    assert full.backward_peak > frozen.backward_peak + 1000 * 64 * 2
+
+
+def test_ligers_fused_loss_holds_one_chunk() -> None:
     # 4000 / 64 -> 63 chunks; 256 / 63 -> 5 -> 8 rows of 4000 x (2 + 4) B
-    cost = head_cost(replace(END, vocab=4000), FROZEN, True)
-    assert cost.forward_peak == NORM + U + U + 192_000  # normed input, gradient of the input
-    assert cost.saved == NORM + U + LOSS
+    cost = head_cost(replace(END, vocab=4000, norm=None), LIGER, True)
+    assert cost.forward_peak == U + U + 192_000  # input, gradient of the input
+    assert cost.saved == U + LOSS
 
 
 def test_fused_loss_needs_far_less_than_full_logits() -> None:
-    full, fused = (head_cost(END, FROZEN, on) for on in (False, True))
+    full, fused = (head_cost(END, p, on) for p, on in ((FROZEN, False), (LIGER, True)))
     assert fused.forward_peak < 0.2 * full.forward_peak
     assert fused.backward_peak < 0.2 * full.backward_peak
 
 
-def test_fused_loss_of_a_trained_head_holds_its_gradient_twice() -> None:
-    end, weight = replace(END, vocab=4000), 4000 * 64 * 2
-    frozen, full = (head_cost(end, replace(FROZEN, full=on), True) for on in (False, True))
-    assert full.saved - frozen.saved == weight + U  # and the norm keeps its scaled input
-    assert full.forward_peak - frozen.forward_peak == 2 * weight + U
+def test_ligers_loss_of_a_trained_head_holds_its_gradient_twice() -> None:
+    end, weight = replace(END, vocab=4000, norm=None), 4000 * 64 * 2
+    frozen, full = (head_cost(end, replace(LIGER, full=on), True) for on in (False, True))
+    assert full.saved - frozen.saved == weight
+    assert full.forward_peak - frozen.forward_peak == 2 * weight
 
 
 def test_more_tokens_or_words_never_cost_less() -> None:
