@@ -29,11 +29,16 @@ RING_BUFFERS = 3
 """Blocks of page-locked RAM that layers of the disk tier pass through, each of the largest slab's size: one
 read by the link, one ready, one filled from disk."""
 
-HEAD_BUFFERS = 2
-"""Blocks of a streamed output projection on the card: one to multiply by and one to fill."""
-
 HEAD_BLOCK_BYTES = 64 * MIB
-"""Most bytes of one block of vocabulary rows: large enough for the link's full rate, and its logits small."""
+"""Most bytes of one block of vocabulary rows: large enough for the link's full rate, and its logits small.
+
+A streamed output projection has no slots of its own: its blocks follow the last layer through those of the
+layers, so each slot has the size of the largest slab or block. In RAM it is one page-locked block of V x D,
+which serves tied embeddings too."""
+
+GATHER_BYTES = 16 * MIB
+"""Page-locked RAM beside embeddings that stay on the host: the rows of a pass's tokens are gathered there,
+half of it while the other half is copied to the card."""
 
 
 def head_block_rows(vocab: int, hidden: int, width: int) -> int:
