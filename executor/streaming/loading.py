@@ -125,9 +125,9 @@ def handing_over(packer: Packer) -> Iterator[None]:
     from transformers import core_model_loading, modeling_utils
 
     with (
-        _replaced(core_model_loading, "set_param_for_module", _then(packer.took)),
+        replaced(core_model_loading, "set_param_for_module", _then(packer.took)),
         # it would reserve the whole model's size on the card
-        _replaced(modeling_utils, "caching_allocator_warmup", lambda _stock: lambda *_, **__: None),
+        replaced(modeling_utils, "caching_allocator_warmup", lambda _stock: lambda *_, **__: None),
         one_weight_at_a_time(),
     ):
         yield
@@ -146,7 +146,8 @@ def _then(took: Callable[[Any, str], None]) -> Callable[[Any], Any]:
 
 
 @contextmanager
-def _replaced(module: Any, name: str, make: Callable[[Any], Any]) -> Iterator[None]:
+def replaced(module: Any, name: str, make: Callable[[Any], Any]) -> Iterator[None]:
+    """Within, the attribute `name` of a module or class is what `make` makes of it."""
     stock = getattr(module, name)
     setattr(module, name, make(stock))
     try:

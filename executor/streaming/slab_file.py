@@ -11,9 +11,9 @@ Format 1, all numbers little-endian:
 What is guaranteed: every block begins at a multiple of 4096 and its size is a multiple of 4096, so that
 direct reads (`O_DIRECT`) of a block, or of any part of it cut at multiples of 4096, need no bounce buffer;
 the size of the file is a multiple of 4096 too. Blocks stand in the order the weights were loaded in, which
-is that of the layers in all but exotic models: `SlabFile.layers` gives each its place. Checksums (XXH3, 64 bits) are of stretches of `CHECKED_BYTES` within a block, the last one shorter: a
-reader can check what it has read without reading all. The header is written last: a file without it is
-unfinished.
+is that of the layers in all but exotic models: `SlabFile.layers` gives each its place. Checksums (XXH3, 64
+bits) are of stretches of `CHECKED_BYTES` within a block, the last one shorter: a reader can check what it
+has read without reading all. The header is written last: a file without it is unfinished.
 """
 
 from __future__ import annotations
