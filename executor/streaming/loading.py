@@ -71,10 +71,7 @@ class Packer:
     def _look_at(self, model: Any) -> None:
         self._model, self.stack = model, find_stack(model)
         total = len(self.stack.layers)
-        if self._wanted > total:
-            raise CannotHonour(
-                f"--resident-layers {self._wanted}: the model has {total} layers", f"at most {total}"
-            )
+        refuse_too_many(self._wanted, total)
         tied = tied_names(model)
         resident = spread_evenly(self._wanted, total)
         for index in range(total):
@@ -117,6 +114,12 @@ class Packer:
             StreamedLayer(number, packed.module, packed.readers, packed.layout, packed.places, packed.slab)
             for number, (_, packed) in enumerate(sorted(self._packed.items()))
         ]
+
+
+def refuse_too_many(wanted: int, total: int) -> None:
+    """Errors: `CannotHonour` where more layers are to stay on the device than there are."""
+    if wanted > total:
+        raise CannotHonour(f"--resident-layers {wanted}: the model has {total} layers", f"at most {total}")
 
 
 @contextmanager
