@@ -1,0 +1,143 @@
+"""From weights to a slab file: read, quantize and write, one layer at a time.
+
+transformers' loader does the reading, converting and quantizing, so the bytes are those of a load without
+the file. Host memory holds the writer's and the reader's buffers, never the model.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import time
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from executor import ui
+from executor.disk_errors import writing_failed
+from executor.errors import CannotWrite
+from executor.load import load_model
+from executor.source import ModelSource
+from executor.streaming.checkpoint_reader import reading_ahead
+from executor.streaming.loader_hooks import standing_in
+from executor.streaming.loading import handing_over
+from executor.streaming.slab_packer import SlabPacker
+from executor.streaming.slab_writer import SlabWriter
+from planner.memory.stream import slabs
+from planner.memory.weights import weight_bytes
+from planner.types import Strategy
+from planner.units import format_bytes
+from profiles.architecture import architecture
+
+
+@dataclass(frozen=True)
+class PackJob:
+    """What to pack, how, and where to."""
+
+    name: str
+    """To show."""
+    source: ModelSource
+    strategy: Strategy
+    """Its precision counts."""
+    device: torch.device
+    """Quantizes."""
+    recipe: dict[str, Any]
+    path: Path
+    seed: int = 0
+    remote_code: bool = False
+
+
+@dataclass(frozen=True)
+class Packed:
+    """What packing did."""
+
+    path: Path
+    bytes: int
+    kept_bytes: int
+    """Of the file, left by an earlier process."""
+    seconds: float
+
+
+def predicted_bytes(source: ModelSource, strategy: Strategy) -> int:
+    """Size of the slab file, from the model's config."""
+    arch = architecture(source.config)
+    beside = weight_bytes(arch, strategy.quant, strategy.quant_experts, strategy.dtype)
+    rest = beside.embeddings + beside.head + beside.other
+    return sum(slabs(arch, strategy.quant, strategy.dtype)) + rest
+
+
+def pack(job: PackJob) -> Packed:
+    """Write the slab file, going on with what an interrupted call has left.
+
+    Errors: `CannotWrite` when the disk is full or refuses, `DirectoryInUse` when another process is writing
+    it, those of loading.
+    """
+    began = time.monotonic()
+    try:
+        writer = SlabWriter(job.path, job.recipe, job.device)
+    except OSError as error:
+        raise CannotWrite(f"cannot write {job.path}: {error.strerror}", "give another -o") from None
+    try:
+        kept = writer.bytes if writer.done else 0
+        _show_size(job, writer, kept)
+        _write(job, writer)
+        return Packed(job.path, writer.finish(), kept, time.monotonic() - began)
+    except Exception as error:
+        failure = writing_failed(error, job.path.parent, goes_on=False)
+        if failure is None:
+            raise
+        done = f"what is packed is kept ({format_bytes(writer.whole_bytes)}) and the same command goes on"
+        raise CannotWrite(str(failure), f"free some space; {done}") from error
+    finally:
+        writer.close()
+
+
+def _show_size(job: PackJob, writer: SlabWriter, kept: int) -> None:
+    """Say how large the file will be. Errors: `CannotWrite` when the disk has no room for it."""
+    needed, free = predicted_bytes(job.source, job.strategy), shutil.disk_usage(job.path.parent).free
+    left = needed - kept
+    if left > free:
+        raise CannotWrite(
+            f"{job.path} takes {format_bytes(needed)} and {job.path.parent} has {format_bytes(free)} free",
+            "free some space, or give -o on a larger disk",
+        )
+    have = f", {format_bytes(kept)} of it packed before" if kept else ""
+    ui.say(f"packing {job.name} into {job.path}: {format_bytes(needed)}{have} ({format_bytes(free)} free)")
+
+
+def _write(job: PackJob, writer: SlabWriter) -> None:
+    with ui.Steps(f"packing {job.name} ({job.strategy.quant}, {job.device})") as steps, ExitStack() as stack:
+
+        def packed(done: int, total: int) -> None:
+            if steps.total is None:
+                steps.count(total, "layers")
+            steps.update(done, format_bytes(writer.bytes))
+
+        packer = SlabPacker(writer, packed)
+        stack.enter_context(handing_over(packer))
+        stack.enter_context(standing_in(packer.has, packer.skip))
+        stack.enter_context(reading_ahead(job.source, job.device, writer.done))
+        place = {"": str(job.device)}
+        load_model(job.source, job.strategy, place, job.device, job.seed, job.remote_code)
+        packer.finish()
+
+
+def clean_up(path: Path) -> None:
+    """Remove what an interrupted packing of `path` has left."""
+    for left in (path.with_name(f"{path.name}.partial"), path.with_name(f"{path.name}.journal")):
+        left.unlink(missing_ok=True)
+
+
+def link(standard: Path, target: Path) -> bool:
+    """Let `standard`, where files are looked for, lead to `target`; whether that could be done."""
+    try:
+        standard.parent.mkdir(parents=True, exist_ok=True)
+        temporary = standard.with_name(f".{standard.name}.{os.getpid()}.tmp")
+        os.symlink(target.resolve(), temporary)
+        os.replace(temporary, standard)
+    except OSError:
+        return False
+    return True

@@ -1,0 +1,145 @@
+"""Making a model from a slab file, without its checkpoint's weights being read or quantized.
+
+transformers builds the model as ever, but every weight is set to a stand-in that holds no values; meanwhile
+the blocks of the file are read to where they will stay, and then the weights are pointed at them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from executor.streaming.arena import Arena, require_room
+from executor.streaming.forms import make_parameter
+from executor.streaming.layers import Stack, find_stack, tied_names
+from executor.streaming.loader_hooks import StandIn, owner_of, reading_instead, set_weight, standing_in
+from executor.streaming.loading import handing_over, refuse_too_many
+from executor.streaming.residency import Tables, Weight, weights_of
+from executor.streaming.slab import Layout, Piece
+from executor.streaming.slab_file import BlockEntry, SlabFile, WeightEntry
+from executor.streaming.slab_reader import SlabReader
+from executor.streaming.streamer import StreamedLayer
+from planner.placement import spread_evenly
+
+
+class SlabLoad:
+    """One load from `slab`, with `resident` layers on `device` and the others in `arena`.
+
+    Errors: `CannotHonour` for more layers than the model has.
+    """
+
+    def __init__(self, slab: SlabFile, resident: int, arena: Arena, device: torch.device) -> None:
+        self._slab, self._arena, self._device = slab, arena, device
+        refuse_too_many(resident, len(slab.layers))
+        self._kept = spread_evenly(resident, len(slab.layers))
+        self._tables = [_table(entry, device) for entry in slab.index.tables]
+        self._shared = Tables()
+        self._entries = {
+            weight.name: (block, weight) for block in slab.index.blocks for weight in block.weights
+        }
+        self._made: dict[str, torch.Tensor] = {}
+        self._tied: frozenset[str] | None = None
+        self._layouts: dict[int, Layout] = {}
+        self._blocks: dict[int, torch.Tensor] = {}
+        self.model: Any = None
+        self.stack: Stack | None = None
+
+    def run(self, load: Callable[[], Any]) -> Any:
+        """The model that `load` makes through transformers' loader, with the file's weights.
+
+        Errors: `BadWeights` where the file is damaged, `CannotHonour` where RAM is too small; those of
+        `load`.
+        """
+        require_room(sum(layer.nbytes for layer in self._slab.layers if self._streams(layer.entry)))
+        reader = SlabReader(self._slab, self._slab.index.blocks, self._place, self._device)
+        try:
+            with handing_over(self), reading_instead(self._stand_ins), standing_in(self._has, self._make):
+                self.model = load()
+            self.stack = find_stack(self.model)
+            self._blocks = reader.wait()
+        finally:
+            reader.close()
+        for block in self._slab.index.blocks:
+            if not self._streams(block):
+                self._point(block)
+        return self.model
+
+    def took(self, model: Any, name: str) -> None:
+        """The loader has set a weight that is in no slab file: there is none."""
+
+    def layers(self) -> list[StreamedLayer]:
+        """The streamed layers in their order."""
+        streamed = [layer.entry for layer in self._slab.layers if self._streams(layer.entry)]
+        return [self._streamed(number, entry) for number, entry in enumerate(streamed)]
+
+    def _streams(self, block: BlockEntry) -> bool:
+        return block.layer is not None and block.layer not in self._kept
+
+    def _place(self, block: BlockEntry) -> torch.Tensor:
+        if self._streams(block):
+            return self._arena.take(block.nbytes)
+        return torch.empty(block.nbytes, dtype=torch.uint8, device=self._device)
+
+    # ----------------------------------------------------------------- while transformers builds the model
+
+    def _stand_ins(self, _unread: dict[str, Any]) -> dict[str, StandIn]:
+        return {name: StandIn(self._make) for name in self._entries}
+
+    def _has(self, _model: Any, name: str) -> bool:
+        return name in self._entries
+
+    def _make(self, model: Any, name: str) -> None:
+        """Set the weight `name` to one of its form that holds no values."""
+        if self._tied is None:
+            self._tied = tied_names(model)
+        block, entry = self._entries[name]
+        # transformers ties two weights that are in a checkpoint if they are equal; had they been, one of
+        # them would not be in the file
+        value = len(self._made) % 100 if name in self._tied else 0
+        pieces = self._pieces(block, entry)
+        tensors = [torch.full((), value, dtype=p.dtype, device=self._device).expand(p.shape) for p in pieces]
+        module, leaf = owner_of(model, name)
+        self._made[name] = make_parameter(entry.form, tensors, self._tables, module)
+        set_weight(model, name, self._made[name])
+        self._made[name] = getattr(module, leaf)
+
+    def _pieces(self, block: BlockEntry, entry: WeightEntry) -> Sequence[Piece]:
+        layout = self._layouts.setdefault(block.offset, block.layout)
+        first = sum(weight.pieces for weight in block.weights[: block.weights.index(entry)])
+        return layout.pieces[first : first + entry.pieces]
+
+    # ----------------------------------------------------------------- once the bytes are there
+
+    def _weights(self, block: BlockEntry) -> list[Weight]:
+        """Of all weights of a block, in the order of its pieces."""
+        return [
+            weight
+            for entry in block.weights
+            for weight in weights_of(self._owner(entry), self._made[entry.name], self._shared)
+        ]
+
+    def _owner(self, entry: WeightEntry) -> nn.Module:
+        module: nn.Module = owner_of(self.model, entry.name)[0]
+        return module
+
+    def _point(self, block: BlockEntry) -> None:
+        """Let the weights of a block that stays be its bytes."""
+        views = self._layouts[block.offset].views(self._blocks[block.offset])
+        for weight, view in zip(self._weights(block), views, strict=True):
+            for owner, attribute in weight.places:
+                setattr(owner, attribute, view)
+
+    def _streamed(self, number: int, block: BlockEntry) -> StreamedLayer:
+        assert self.stack is not None and block.layer is not None
+        places = tuple(weight.places for weight in self._weights(block))
+        readers = tuple(dict.fromkeys(map(self._owner, block.weights)))
+        layer, slab = self.stack.layers[block.layer], self._blocks[block.offset]
+        return StreamedLayer(number, layer, readers, self._layouts[block.offset], places, slab)
+
+
+def _table(entry: tuple[str, bytes], device: torch.device) -> torch.Tensor:
+    dtype, data = entry
+    return torch.frombuffer(bytearray(data), dtype=getattr(torch, dtype)).to(device)
