@@ -51,6 +51,8 @@ class Loaded:
     layers_streamed: int = 0
     slots: int = 0
     pinned_bytes: int = 0
+    outside_on_host: tuple[str, ...] = ()
+    """Embeddings and output projections whose weights wait in host memory."""
     notes: list[str] = field(default_factory=list)
     """Where loading had to differ from the candidate's strategy."""
     traffic: Callable[[], dict[str, Any]] = field(default=dict)

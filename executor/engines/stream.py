@@ -23,12 +23,14 @@ def load(request: LoadRequest) -> Loaded:
     """
     from executor.streaming.arena import Arena
     from executor.streaming.loading import Packer, handing_over
+    from executor.streaming.outside import Outside
 
     _refuse(request)
     arena = Arena(request.device)
     try:
         packer = Packer(_resident_layers(request), arena)
-        with handing_over(packer):
+        outside = Outside(_outside(request), arena)
+        with handing_over(packer), outside.taking():
             model = load_model(
                 request.source,
                 request.candidate.strategy,
@@ -37,27 +39,39 @@ def load(request: LoadRequest) -> Loaded:
                 request.seed,
                 request.remote_code,
             )
-        return _start(request, model, packer, arena)
+        return _start(request, model, packer, outside, arena)
     except BaseException:
         arena.close()
         raise
 
 
-def _start(request: LoadRequest, model: Any, packer: Any, arena: Any) -> Loaded:
+def _start(request: LoadRequest, model: Any, packer: Any, outside: Any, arena: Any) -> Loaded:
+    from executor.streaming.outside import start_head
     from executor.streaming.saved import SavedWeights
     from executor.streaming.streamer import Streamer
 
     layers = packer.layers()
-    notes = _notes(request, model, arena)
+    blocks = outside.serve(model, layers, request.device)
+    notes = [*_notes(request, model, arena), *outside.notes(blocks)]
     tokenizer = load_tokenizer(request.source, request.remote_code)
-    if not layers:
-        return Loaded(model=model, tokenizer=tokenizer, layers_resident=layer_count(model), notes=notes)
+    if not layers and not blocks:
+        return Loaded(
+            model=model,
+            tokenizer=tokenizer,
+            layers_resident=layer_count(model),
+            pinned_bytes=arena.pinned_bytes,
+            outside_on_host=outside.names,
+            notes=notes,
+            close=arena.close,
+        )
     if request.device.type == "cuda":
         # blocks that loading has left must not stand beside the slots
         import torch
 
         torch.cuda.empty_cache()
-    streamer = Streamer(layers, min(SLOTS, len(layers)), request.device)
+    carried = [*layers, *blocks]
+    streamer = Streamer(carried, min(SLOTS, len(carried)), request.device)
+    start_head(model, blocks, streamer)
     if request.candidate.strategy.quant != "none":
         from executor.streaming.linears import adopt
 
@@ -76,6 +90,7 @@ def _start(request: LoadRequest, model: Any, packer: Any, arena: Any) -> Loaded:
         layers_streamed=len(layers),
         slots=streamer.slots,
         pinned_bytes=arena.pinned_bytes,
+        outside_on_host=outside.names,
         notes=notes,
         traffic=streamer.traffic,
         close=close,
@@ -96,6 +111,12 @@ def _refuse(request: LoadRequest) -> None:
             "DoRA reads all weights before the first pass; engine stream has them one layer at a time",
             "plan with `--lora-variant lora` or `--lora-variant rslora`",
         )
+    away = _outside(request)
+    if workload.task == "train" and strategy.kernels == "liger" and away:
+        raise CannotHonour(
+            f"liger's loss reads weights where they are, and the plan has {' and '.join(away)} in RAM",
+            "plan with `--kernels torch --loss fused`",
+        )
     cards = {place for place in request.candidate.device_map.values() if isinstance(place, int)}
     if len(cards) > 1:
         raise CannotHonour("engine stream uses one card", "plan with one `--gpu`, or --engine resident")
@@ -111,6 +132,15 @@ def _resident_layers(request: LoadRequest) -> int:
         isinstance(place, int) and name.rsplit(".", 1)[-1].isdigit()
         for name, place in request.candidate.device_map.items()
     )
+
+
+def _outside(request: LoadRequest) -> list[str]:
+    """Names of modules that are no layers and that the plan places in RAM."""
+    return [
+        name
+        for name, place in request.candidate.device_map.items()
+        if name and not isinstance(place, int) and not name.rsplit(".", 1)[-1].isdigit()
+    ]
 
 
 def _notes(request: LoadRequest, model: Any, arena: Any) -> list[str]:
