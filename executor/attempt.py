@@ -163,6 +163,7 @@ class Attempt:
                     seed=self.options.seed,
                     remote_code=self.options.trust_remote_code,
                     resident_layers=self.options.resident_layers,
+                    pack=self.options.pack,
                 )
             )
         outcome.load_seconds = time.monotonic() - began

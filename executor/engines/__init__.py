@@ -39,6 +39,8 @@ class LoadRequest:
     seed: int
     remote_code: bool = False
     resident_layers: int | None = None
+    pack: bool = False
+    """Write a slab file first where there is none; engine stream alone can."""
 
 
 @dataclass(kw_only=True)

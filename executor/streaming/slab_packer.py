@@ -20,7 +20,8 @@ from executor.streaming.slab_writer import SlabWriter
 
 
 class SlabPacker:
-    """Hands layers and other weights of a model to `writer`. `packed` is told each finished layer."""
+    """Hands layers and other weights of a model to `writer`. `packed` is told how many layers of how many are
+    done."""
 
     def __init__(self, writer: SlabWriter, packed: Callable[[int, int], None]) -> None:
         self._writer, self._packed = writer, packed
@@ -47,7 +48,7 @@ class SlabPacker:
             self._missing[layer].discard(name)
             if not self._missing[layer]:
                 self._write(layer, sorted(self._names[layer]))
-                self._say(layer)
+                self._say()
         elif name in self._tied:
             self._waiting[name] = _weight(model, name)
         else:
@@ -67,7 +68,7 @@ class SlabPacker:
         if layer is not None:
             self._missing[layer].discard(name)
             if not self._missing[layer]:
-                self._say(layer)
+                self._say()
 
     def finish(self) -> None:
         """Write what waited, once loading is over. Errors: what stopped the writing."""
@@ -85,8 +86,8 @@ class SlabPacker:
             self._missing[index], self._names[index] = set(names), frozenset(names)
             self._layer_of |= dict.fromkeys(names, index)
 
-    def _say(self, layer: int) -> None:
-        self._packed(layer, len(self._names))
+    def _say(self) -> None:
+        self._packed(sum(not missing for missing in self._missing.values()), len(self._missing))
 
     def _write(self, layer: int | None, names: Sequence[str]) -> None:
         entries, found = [], []
