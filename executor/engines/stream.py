@@ -24,13 +24,22 @@ def load(request: LoadRequest) -> Loaded:
     from executor.streaming.arena import Arena
     from executor.streaming.loading import Packer, handing_over
     from executor.streaming.outside import Outside
+    from executor.streaming.slab_load import SlabLoad
+    from executor.streaming.slab_use import slab_file_for
 
     _refuse(request)
+    slab, notes = slab_file_for(request)
     arena = Arena(request.device)
     try:
-        packer = Packer(_resident_layers(request), arena)
-        outside = Outside(_outside(request), arena)
-        with handing_over(packer), outside.taking():
+        resident, outside = _resident_layers(request), Outside(_outside(request), arena)
+        packer: Any
+        if slab is None:
+            packer = Packer(resident, arena)
+            loading = handing_over(packer)
+        else:
+            packer = SlabLoad(slab, resident, arena, outside, request.device)
+            loading = packer.loading()
+        with loading, outside.taking():
             model = load_model(
                 request.source,
                 request.candidate.strategy,
@@ -39,7 +48,9 @@ def load(request: LoadRequest) -> Loaded:
                 request.seed,
                 request.remote_code,
             )
-        return _start(request, model, packer, outside, arena)
+        loaded = _start(request, model, packer, outside, arena)
+        loaded.notes += notes
+        return loaded
     except BaseException:
         arena.close()
         raise

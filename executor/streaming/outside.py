@@ -60,12 +60,15 @@ class Outside:
         _require_room(name, values.nbytes)
         table = self._arena.take(values.nbytes).view(values.dtype).view(values.shape)
         table.copy_(values)
-        weight.data = torch.full((), float("nan"), dtype=values.dtype, device=values.device).expand(
-            values.shape
-        )
+        self.hold(weight, table)
+        return table
+
+    def hold(self, weight: nn.Parameter, table: torch.Tensor) -> None:
+        """`table`, in host memory, has the values of `weight`."""
+        nothing = torch.full((), float("nan"), dtype=weight.dtype, device=weight.device)
+        weight.data = nothing.expand(weight.shape)
         self._tables[id(weight)] = table
         self._kept.append(weight)
-        return table
 
     def serve(self, model: Any, layers: list[StreamedLayer], device: torch.device) -> list[StreamedLayer]:
         """Have embeddings read from host memory; returns what of the output projection is to be streamed

@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import shutil
 import time
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -69,8 +69,10 @@ def predicted_bytes(source: ModelSource, strategy: Strategy) -> int:
     return sum(slabs(arch, strategy.quant, strategy.dtype)) + rest
 
 
-def pack(job: PackJob) -> Packed:
+def pack(job: PackJob, shown: bool = True) -> Packed:
     """Write the slab file, going on with what an interrupted call has left.
+
+    `shown`: with a view of its own; else whoever shows the loading shows this.
 
     Errors: `CannotWrite` when the disk is full or refuses, `DirectoryInUse` when another process is writing
     it, those of loading.
@@ -83,7 +85,12 @@ def pack(job: PackJob) -> Packed:
     try:
         kept = writer.bytes if writer.done else 0
         _show_size(job, writer, kept)
-        _write(job, writer)
+        with (
+            ui.Steps(f"packing {job.name} ({job.strategy.quant}, {job.device})")
+            if shown
+            else nullcontext() as steps
+        ):
+            _write(job, writer, steps)
         return Packed(job.path, writer.finish(), kept, time.monotonic() - began)
     except Exception as error:
         failure = writing_failed(error, job.path.parent, goes_on=False)
@@ -108,15 +115,15 @@ def _show_size(job: PackJob, writer: SlabWriter, kept: int) -> None:
     ui.say(f"packing {job.name} into {job.path}: {format_bytes(needed)}{have} ({format_bytes(free)} free)")
 
 
-def _write(job: PackJob, writer: SlabWriter) -> None:
-    with ui.Steps(f"packing {job.name} ({job.strategy.quant}, {job.device})") as steps, ExitStack() as stack:
-
-        def packed(done: int, total: int) -> None:
+def _write(job: PackJob, writer: SlabWriter, steps: ui.Steps | None) -> None:
+    def packed(done: int, total: int) -> None:
+        if steps is not None:
             if steps.total is None:
                 steps.count(total, "layers")
             steps.update(done, format_bytes(writer.bytes))
 
-        packer = SlabPacker(writer, packed)
+    packer = SlabPacker(writer, packed)
+    with ExitStack() as stack:
         stack.enter_context(handing_over(packer))
         stack.enter_context(standing_in(packer.has, packer.skip))
         stack.enter_context(reading_ahead(job.source, job.device, writer.done))

@@ -6,7 +6,8 @@ the blocks of the file are read to where they will stay, and then the weights ar
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from executor.streaming.forms import make_parameter
 from executor.streaming.layers import Stack, find_stack, tied_names
 from executor.streaming.loader_hooks import StandIn, owner_of, reading_instead, set_weight, standing_in
 from executor.streaming.loading import handing_over, refuse_too_many
+from executor.streaming.outside import Outside
 from executor.streaming.residency import Tables, Weight, weights_of
 from executor.streaming.slab import Layout, Piece
 from executor.streaming.slab_file import BlockEntry, SlabFile, WeightEntry
@@ -26,13 +28,16 @@ from planner.placement import spread_evenly
 
 
 class SlabLoad:
-    """One load from `slab`, with `resident` layers on `device` and the others in `arena`.
+    """One load from `slab`, with `resident` layers on `device`, and the others and what `outside` names in
+    `arena`.
 
     Errors: `CannotHonour` for more layers than the model has.
     """
 
-    def __init__(self, slab: SlabFile, resident: int, arena: Arena, device: torch.device) -> None:
-        self._slab, self._arena, self._device = slab, arena, device
+    def __init__(
+        self, slab: SlabFile, resident: int, arena: Arena, outside: Outside, device: torch.device
+    ) -> None:
+        self._slab, self._arena, self._outside, self._device = slab, arena, outside, device
         refuse_too_many(resident, len(slab.layers))
         self._kept = spread_evenly(resident, len(slab.layers))
         self._tables = [_table(entry, device) for entry in slab.index.tables]
@@ -41,31 +46,32 @@ class SlabLoad:
             weight.name: (block, weight) for block in slab.index.blocks for weight in block.weights
         }
         self._made: dict[str, torch.Tensor] = {}
-        self._tied: frozenset[str] | None = None
+        self._tied: frozenset[str] = frozenset()
         self._layouts: dict[int, Layout] = {}
         self._blocks: dict[int, torch.Tensor] = {}
-        self.model: Any = None
+        self._model: Any = None
         self.stack: Stack | None = None
 
-    def run(self, load: Callable[[], Any]) -> Any:
-        """The model that `load` makes through transformers' loader, with the file's weights.
+    @contextmanager
+    def loading(self) -> Iterator[None]:
+        """Within, transformers' loader makes the model of stand-ins; at the end they are the file's weights.
 
-        Errors: `BadWeights` where the file is damaged, `CannotHonour` where RAM is too small; those of
-        `load`.
+        Errors: `BadWeights` where the file is damaged, `CannotHonour` where RAM is too small.
         """
-        require_room(sum(layer.nbytes for layer in self._slab.layers if self._streams(layer.entry)))
+        require_room(sum(block.nbytes for block in self._slab.index.blocks if self._waits_on_host(block)))
         reader = SlabReader(self._slab, self._slab.index.blocks, self._place, self._device)
         try:
             with handing_over(self), reading_instead(self._stand_ins), standing_in(self._has, self._make):
-                self.model = load()
-            self.stack = find_stack(self.model)
+                yield
+            self.stack = find_stack(self._model)
             self._blocks = reader.wait()
         finally:
             reader.close()
         for block in self._slab.index.blocks:
-            if not self._streams(block):
+            if self._waits_on_host(block) and not self._streams(block):
+                self._hand_over(block)
+            elif not self._streams(block):
                 self._point(block)
-        return self.model
 
     def took(self, model: Any, name: str) -> None:
         """The loader has set a weight that is in no slab file: there is none."""
@@ -78,8 +84,15 @@ class SlabLoad:
     def _streams(self, block: BlockEntry) -> bool:
         return block.layer is not None and block.layer not in self._kept
 
+    def _waits_on_host(self, block: BlockEntry) -> bool:
+        """In the arena: layers that are streamed, and what the plan places in RAM."""
+        if block.layer is not None:
+            return self._streams(block)
+        path, _, leaf = block.weights[0].name.rpartition(".")
+        return path in self._outside.names and leaf == "weight"
+
     def _place(self, block: BlockEntry) -> torch.Tensor:
-        if self._streams(block):
+        if self._waits_on_host(block):
             return self._arena.take(block.nbytes)
         return torch.empty(block.nbytes, dtype=torch.uint8, device=self._device)
 
@@ -93,8 +106,8 @@ class SlabLoad:
 
     def _make(self, model: Any, name: str) -> None:
         """Set the weight `name` to one of its form that holds no values."""
-        if self._tied is None:
-            self._tied = tied_names(model)
+        if self._model is None:
+            self._model, self._tied = model, tied_names(model)
         block, entry = self._entries[name]
         # transformers ties two weights that are in a checkpoint if they are equal; had they been, one of
         # them would not be in the file
@@ -122,7 +135,7 @@ class SlabLoad:
         ]
 
     def _owner(self, entry: WeightEntry) -> nn.Module:
-        module: nn.Module = owner_of(self.model, entry.name)[0]
+        module: nn.Module = owner_of(self._model, entry.name)[0]
         return module
 
     def _point(self, block: BlockEntry) -> None:
@@ -131,6 +144,13 @@ class SlabLoad:
         for weight, view in zip(self._weights(block), views, strict=True):
             for owner, attribute in weight.places:
                 setattr(owner, attribute, view)
+
+    def _hand_over(self, block: BlockEntry) -> None:
+        """Let a module outside the layers have its weight in host memory."""
+        (table,) = self._layouts[block.offset].views(self._blocks[block.offset])
+        weight = self._made[block.weights[0].name]
+        assert isinstance(weight, nn.Parameter)
+        self._outside.hold(weight, table)
 
     def _streamed(self, number: int, block: BlockEntry) -> StreamedLayer:
         assert self.stack is not None and block.layer is not None

@@ -48,6 +48,11 @@ def find_slab_file(
     return None, notes
 
 
+def any_there(source: ModelSource, strategy: Strategy) -> bool:
+    """Is there a file that could be it?"""
+    return any(path.exists() for path in _places(source, strategy))
+
+
 def place_for(source: ModelSource, strategy: Strategy) -> Path:
     """Where to write the slab file: the first place that can be written.
 
