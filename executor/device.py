@@ -73,9 +73,10 @@ def check_abilities(candidate: Candidate, workload: Workload, device: torch.devi
         )
     if strategy.speculate != "none":
         raise CannotHonour("speculation is not built in this engine", "plan with `--speculate none`")
-    if workload.task == "train" and strategy.activation_offload:
+    if workload.task == "train" and strategy.activation_offload and not strategy.gradient_checkpointing:
         raise CannotHonour(
-            "activation offload is not built in this engine", "plan without `--activation-offload`"
+            "activation offload moves checkpoints, and checkpointing is off",
+            "plan with `--gradient-checkpointing`",
         )
 
 

@@ -75,7 +75,7 @@ def training_memory(arch: Architecture, work: Workload, how: Strategy, workspace
         load_bytes=load,
         load_peak_bytes=load + load_transient_bytes(weights, how.quant),
         managed_bytes=fixed.state.managed,
-        host_bytes=sum(layers.inputs) if offload else 0,
+        host_bytes=sum(layers.inputs[:-IN_FLIGHT]) if offload else 0,
         dequantized_bytes=weights.largest_unquantized if how.quant != "none" else 0,
         snapshots=(*shots, _optimizer_step(fixed)),
     )
@@ -91,7 +91,8 @@ def optimizer_state(arch: Architecture, work: Workload, how: Strategy) -> StateB
 
 
 IN_FLIGHT = 2
-"""Checkpoints on the card at once while the others are in RAM: the one in use and the one on its way."""
+"""Checkpoints on the card at once while the others are in RAM: the one in use and the one on its way. Those
+of the last layers never leave (`executor/activation_offload.py`)."""
 
 
 def _stream(arch: Architecture, p: Pass) -> int:

@@ -147,7 +147,12 @@ def test_weights_of_another_shape_are_refused(tiny: Path) -> None:
 @pytest.mark.parametrize(
     ("work", "how", "places", "says"),
     [
-        ({"task": "train"}, {"activation_offload": True}, {"": "cpu"}, "activation offload"),
+        (
+            {"task": "train"},
+            {"activation_offload": True, "gradient_checkpointing": False},
+            {"": "cpu"},
+            "checkpointing is off",
+        ),
         ({"task": "train", "method": "full"}, {"dtype": "fp16"}, {"": "cpu"}, "cannot scale"),
         ({}, {"speculate": "lookup"}, {"": "cpu"}, "speculation"),
         ({}, {}, {"model": 0, "lm_head": 99}, "over cards 0, 99"),

@@ -80,7 +80,7 @@ def test_checkpoints_are_one_input_a_layer() -> None:
 def test_offloaded_checkpoints_leave_two_on_the_card() -> None:
     card = memory(tiny(), train(), how(activation_offload=True))
     assert lines(card.snapshots[0])["checkpoints"] == 2 * U
-    assert card.host_bytes == 3 * U
+    assert card.host_bytes == U  # those of the last two layers never leave
     held = [lines(shot).get("checkpoints", 0) for shot in at(card, "backward")]
     assert held == [2 * U, 2 * U, U, 0]
 
