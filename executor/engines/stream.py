@@ -1,4 +1,5 @@
-"""Engine `stream`: layers the card has no room for wait in page-locked RAM and pass through slots on it.
+"""Engine `stream`: layers the card has no room for wait in page-locked RAM or on disk and pass through slots
+on it.
 
 Weights are those of engine `resident`, loaded and quantized by the same code, and layers compute with the
 same kernels on the same bytes: results are equal bit by bit. On the CPU everything runs as on a card, with
@@ -18,10 +19,11 @@ from planner.memory.stream import SLOTS
 def load(request: LoadRequest) -> Loaded:
     """Load the model with all but the wanted number of layers in host memory.
 
-    Errors: `CannotHonour` for jobs that change the streamed weights, and where RAM is too small; `BadWeights`
-    as the loader finds them.
+    Errors: `CannotHonour` for jobs that change the streamed weights, and where RAM or disk is too small;
+    `BadWeights` as the loader finds them.
     """
     from executor.streaming.arena import Arena
+    from executor.streaming.disk_tier import Spill
     from executor.streaming.loading import Packer, handing_over
     from executor.streaming.outside import Outside
     from executor.streaming.slab_load import SlabLoad
@@ -29,12 +31,12 @@ def load(request: LoadRequest) -> Loaded:
 
     _refuse(request)
     slab, notes = slab_file_for(request)
-    arena = Arena(request.device)
+    arena, spill = Arena(request.device), Spill(request.scratch)
     try:
         resident, outside = _resident_layers(request), Outside(_outside(request), arena)
         packer: Any
         if slab is None:
-            packer = Packer(resident, arena)
+            packer = Packer(resident, arena, request.candidate.device_map, spill)
             loading = handing_over(packer)
         else:
             packer = SlabLoad(slab, resident, arena, outside, request.device)
@@ -48,15 +50,17 @@ def load(request: LoadRequest) -> Loaded:
                 request.seed,
                 request.remote_code,
             )
-        loaded = _start(request, model, packer, outside, arena)
+        spill.finish()
+        loaded = _start(request, model, packer, outside, arena, spill)
         loaded.notes += notes
         return loaded
     except BaseException:
         arena.close()
+        spill.close()
         raise
 
 
-def _start(request: LoadRequest, model: Any, packer: Any, outside: Any, arena: Any) -> Loaded:
+def _start(request: LoadRequest, model: Any, packer: Any, outside: Any, arena: Any, spill: Any) -> Loaded:
     from executor.streaming.outside import start_head
     from executor.streaming.saved import SavedWeights
     from executor.streaming.streamer import Streamer
@@ -81,24 +85,30 @@ def _start(request: LoadRequest, model: Any, packer: Any, outside: Any, arena: A
 
         torch.cuda.empty_cache()
     carried = [*layers, *blocks]
-    streamer = Streamer(carried, min(SLOTS, len(carried)), request.device)
-    start_head(model, blocks, streamer)
-    if request.candidate.strategy.quant != "none":
-        from executor.streaming.linears import adopt
+    streamer = Streamer(carried, min(SLOTS, len(carried)), request.device, arena)
+    try:
+        start_head(model, blocks, streamer)
+        if request.candidate.strategy.quant != "none":
+            from executor.streaming.linears import adopt
 
-        adopt(streamer)
-    saved = SavedWeights(streamer, packer.stack.owner)
+            adopt(streamer)
+        saved = SavedWeights(streamer, packer.stack.owner)
+    except BaseException:
+        streamer.close()
+        raise
 
     def close() -> None:
         saved.remove()
         streamer.close()
         arena.close()
+        spill.close()
 
     return Loaded(
         model=model,
         tokenizer=tokenizer,
         layers_resident=len(packer.stack.layers) - len(layers),
         layers_streamed=len(layers),
+        layers_on_disk=streamer.layers_on_disk,
         slots=streamer.slots,
         pinned_bytes=arena.pinned_bytes,
         outside_on_host=outside.names,
@@ -161,7 +171,8 @@ def _notes(request: LoadRequest, model: Any, arena: Any) -> list[str]:
         notes.append(f"this model has no {wanted} attention in transformers; eager ran instead")
     if arena.refused is not None:
         notes.append(
-            f"warning: the system locks no more memory ({arena.refused}); copies from the rest are slower: "
-            "raise `ulimit -l` or the container's limit"
+            f"warning: the system locks no more memory ({arena.refused}); copies from the rest "
+            f"{'go through a small locked buffer and ' if arena.bounce_buffers() else ''}are slower: raise "
+            "`ulimit -l`, the container's limit, or under WSL2 the memory of the virtual machine"
         )
     return notes
