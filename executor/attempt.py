@@ -21,6 +21,7 @@ from executor.options import RunOptions
 from executor.output import OutputDirectory
 from executor.quiet import silence_loaded
 from executor.source import ModelSource
+from executor.speculation.draft_model import Beside, Draft, find_draft, load_draft
 from executor.stopping import StopRequest
 from executor.vram_cap import VramCap
 from planner.types import Candidate, Plan
@@ -74,6 +75,7 @@ class Attempt:
         self.source, self.output, self.card, self.stop = source, output, card, stop
         self.meter: MomentMeter | None = None
         self._loaded: Loaded | None = None
+        self._draft: Draft | None = None
         self._outcome: Outcome | None = None
         self._cap: VramCap | None = None
         self._process_peak = 0
@@ -89,6 +91,7 @@ class Attempt:
         load = find_engine(self.candidate.engine, self.options.resident_layers)
         device = choose_device(self.candidate)
         check_abilities(self.candidate, self.plan.workload, device)
+        draft = find_draft(self.candidate.strategy, self.options)
         silence_loaded(self.options.debug)
         outcome = self._outcome = Outcome(self.candidate, device)
         self._open_card(device)
@@ -98,7 +101,7 @@ class Attempt:
         outcome.host_base_bytes = sampler.peak_bytes
         try:
             with ui.watching(gauges):
-                loaded = self._loaded = self._load(load, device, outcome)
+                loaded = self._load(load, draft, device, outcome)
                 self._work(loaded, device, outcome)
         except BaseException:
             if self._loaded is not None:
@@ -128,7 +131,7 @@ class Attempt:
 
     def let_go(self) -> None:
         """Drop the model and everything measured on it."""
-        self._loaded = self._outcome = self._cap = None
+        self._loaded = self._draft = self._outcome = self._cap = None
 
     def _open_card(self, device: torch.device) -> None:
         if device.type != "cuda":
@@ -144,7 +147,7 @@ class Attempt:
         if self.options.vram_cap_bytes is not None:
             self._cap = VramCap(self.options.vram_cap_bytes, self.card, device)
 
-    def _load(self, load: Any, device: torch.device, outcome: Outcome) -> Loaded:
+    def _load(self, load: Any, draft: ModelSource | None, device: torch.device, outcome: Outcome) -> Loaded:
         import torch
 
         assert self.meter is not None
@@ -166,6 +169,10 @@ class Attempt:
                     pack=self.options.pack,
                 )
             )
+            self._loaded = loaded
+            if draft is not None:
+                beside = Beside(self.source.config, loaded.tokenizer)
+                self._draft = load_draft(draft, self.candidate.strategy, device, self.options, beside)
         outcome.load_seconds = time.monotonic() - began
         outcome.notes += loaded.notes
         self.meter.leave()
@@ -193,7 +200,12 @@ class Attempt:
             outcome.notes += outcome.trained.notes
         else:
             outcome.generated = generate(
-                Generation(**common, prompts=self.inputs.prompts, after_first_batch=self._look)
+                Generation(
+                    **common,
+                    prompts=self.inputs.prompts,
+                    draft=self._draft,
+                    after_first_batch=self._look,
+                )
             )
             outcome.notes += outcome.generated.notes
 

@@ -71,8 +71,13 @@ def check_abilities(candidate: Candidate, workload: Workload, device: torch.devi
         raise MissingPackage(
             "kernels liger need the package liger-kernel", "pip install 'fitwright[executor]'"
         )
-    if strategy.speculate != "none":
-        raise CannotHonour("speculation is not built in this engine", "plan with `--speculate none`")
+    if strategy.speculate != "none" and strategy.cache in ("static", "quantized"):
+        raise CannotHonour(
+            f"speculation takes rejected tokens back, which a {strategy.cache} cache cannot do",
+            "plan with `--cache dynamic` or `--speculate none`",
+        )
+    if strategy.speculate == "draft" and strategy.draft is None:
+        raise CannotHonour("the candidate drafts with no model", "make the plan again with --draft MODEL")
     if workload.task == "train" and strategy.activation_offload and not strategy.gradient_checkpointing:
         raise CannotHonour(
             "activation offload moves checkpoints, and checkpointing is off",

@@ -7,18 +7,26 @@ from collections.abc import Sequence
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from executor import ui
 from executor.caches import Caches, bytes_of
+from executor.chunked_prefill import chunked_prefill, parts
 from executor.errors import BadOption, Interrupted
 from executor.files import write_atomically
 from executor.measure import watch_generation
 from executor.pass_clock import PassClock
 from executor.prompts import Prompt, encode, longest, render, shown
 from executor.sampling import StopSoon, end_tokens, sampling
+from executor.speculation.draft_model import Draft
 from executor.task import Look, Task
+from planner.types import Speculated
 
+if TYPE_CHECKING:
+    from executor.speculation.assisted import Speculation
+
+NOT_IN_BATCHES = "speculation generates one sequence at a time, so the planned batch was not made"
+UNCHECKED_DRAFT = "without tokenizers nothing told whether model and draft model share their vocabulary"
 _WARM_UP_TOKENS = 4
 """Prefill, a step that loads kernels, one that is recorded where there is a graph, one like all others."""
 
@@ -28,12 +36,18 @@ class Generation(Task):
     """What is needed to generate with one loaded candidate."""
 
     prompts: Sequence[Prompt] = ()
+    draft: Draft | None = None
     after_first_batch: Look | None = None
 
     @property
     def new_tokens(self) -> int:
         """Most tokens of an answer."""
         return self.options.max_new_tokens or self.workload.new_tokens
+
+    @property
+    def batch_size(self) -> int:
+        """Sequences generated at once. Speculation is about one: each accepts another number of tokens."""
+        return 1 if self.strategy.speculate != "none" else self.workload.sequences
 
 
 @dataclass
@@ -54,6 +68,7 @@ class Generated:
     prefill_tokens_per_s: float | None = None
     decode_tokens_per_s: float | None = None
     cache_bytes: int = 0
+    speculation: Speculated | None = None
     notes: list[str] = field(default_factory=list)
 
 
@@ -64,7 +79,7 @@ def generate(job: Generation) -> Generated:
     through.
     """
     clock = PassClock(job.loaded.model)
-    unwatch = watch_generation(job.loaded.model, job.meter)
+    unwatch = watch_generation(job.loaded.model, job.meter, lambda: clock.in_prompt)
     try:
         return _rehearse(job, clock) if job.options.rehearse else _answer_all(job, clock)
     finally:
@@ -90,8 +105,21 @@ class _Passes:
             self._settings["min_new_tokens"] = job.new_tokens
         told = (lambda: job.meter.enter("decode"), clock.count)  # the model's hooks see no replayed step
         tokens = longest_prompt + job.new_tokens
-        streamed = job.loaded.layers_streamed > 0
+        streamed = job.loaded.layers_streamed > 0 or bool(job.loaded.outside_on_host)
         self._caches = Caches(job.loaded.model, job.strategy, job.device, tokens, told, streamed)
+        self._notes: list[str] = []
+        self._speculation = self._speculate()
+
+    def _speculate(self) -> Speculation | None:
+        from executor.speculation.assisted import SETTINGS, speculation_of  # imports torch
+
+        job = self._job
+        found = speculation_of(job.loaded.model, job.strategy, job.draft)
+        if found is not None:
+            self._settings |= SETTINGS
+            self._notes += [NOT_IN_BATCHES] if job.workload.sequences > 1 else []
+            self._notes += [UNCHECKED_DRAFT] if job.draft and job.loaded.tokenizer is None else []
+        return found
 
     def run(self, ids: Any, mask: Any, streamer: Any = None) -> Any:
         """One batch, B x T, measured; the ids of prompts and answers, B x (T + new)."""
@@ -99,7 +127,6 @@ class _Passes:
             self._warm_up(ids, mask)
         _seed(self._job.options.seed, self.result.prompts)
         stop = [StopSoon(self._job.stop)]
-        self._clock.start()
         done = self._generate(ids, mask, streamer=streamer, stopping_criteria=stop)
         self._clock.stop(self._job.device)
         self._measure(ids, done)
@@ -107,23 +134,28 @@ class _Passes:
 
     def now(self) -> tuple[float, str]:
         """Answers so far, in parts of one too, and the speed, for the live view."""
-        batch, (passes, seconds) = self._job.workload.sequences, self._clock.so_far()
-        rate = batch * (passes - 1) / seconds if seconds else self.result.decode_tokens_per_s
-        part = batch * min(1.0, passes / self._job.new_tokens)
+        batch, (passes, seconds) = self._job.batch_size, self._clock.so_far()
+        each = self._speculation.counts.tokens_per_pass if self._speculation else 1.0
+        done = max(0, passes - 1) * each
+        rate = batch * done / seconds if done else self.result.decode_tokens_per_s
+        part = batch * min(1.0, (1 + done) / self._job.new_tokens) if passes else 0.0
         return self.result.prompts + part, f"{rate:,.1f} tokens/s" if rate else ""
 
     def _generate(self, ids: Any, mask: Any, **more: Any) -> Any:
         import torch
 
-        with torch.no_grad(), self._caches.open(mask) as cache:
-            return self._job.loaded.model.generate(
-                input_ids=ids, attention_mask=mask, **cache, **{**self._settings, **more}
-            )
+        model, chunk = self._job.loaded.model, self._job.strategy.prefill_chunk_tokens
+        guesses = self._speculation.attached() if self._speculation else nullcontext()
+        self._clock.start(over_prompt=parts(ids.shape[1], chunk))
+        with torch.no_grad(), chunked_prefill(model, chunk), guesses, self._caches.open(mask) as cache:
+            return model.generate(input_ids=ids, attention_mask=mask, **cache, **{**self._settings, **more})
 
     def _warm_up(self, ids: Any, mask: Any) -> None:
         """A few tokens that count for nothing: kernels are loaded at their first use."""
         few = min(_WARM_UP_TOKENS, self._job.new_tokens)
         self._generate(ids, mask, max_new_tokens=few, min_new_tokens=few)
+        if self._speculation is not None:
+            self._speculation.counts.clear()
         self._warm = True
 
     def _measure(self, ids: Any, done: Any) -> None:
@@ -132,8 +164,10 @@ class _Passes:
         result.largest_batch = max(result.largest_batch, ids.shape[0])
         result.new_tokens += ids.shape[0] * new
         result.cache_bytes = max(result.cache_bytes, bytes_of(done.past_key_values))
-        result.notes = self._caches.notes
-        if ids.shape[0] == self._job.workload.sequences or result.prefill_tokens_per_s is None:
+        result.notes = [*self._notes, *self._caches.notes]
+        if self._speculation is not None:
+            result.speculation = self._speculation.counts.report()
+        if ids.shape[0] == self._job.batch_size or result.prefill_tokens_per_s is None:
             result.prefill_tokens_per_s = ids.numel() / max(clock.prefill_seconds, 1e-9)
             if new > 1:
                 result.decode_tokens_per_s = ids.shape[0] * (new - 1) / max(clock.decode_seconds, 1e-9)
@@ -155,7 +189,7 @@ def _rehearse(job: Generation, clock: PassClock) -> Generated:
 
     vocabulary = job.loaded.model.config.get_text_config().vocab_size
     generator = torch.Generator().manual_seed(job.options.seed)
-    shape = (job.workload.sequences, job.workload.prompt_tokens)
+    shape = (job.batch_size, job.workload.prompt_tokens)
     ids = torch.randint(0, vocabulary, shape, generator=generator).to(job.device)
     passes = _Passes(job, clock, shape[1], pad=0)
     what = f"generating {job.new_tokens} tokens after {shape[1]} random ones"
@@ -165,7 +199,7 @@ def _rehearse(job: Generation, clock: PassClock) -> Generated:
 
 
 def _answer_all(job: Generation, clock: PassClock) -> Generated:
-    tokenizer, prompts, size = job.loaded.tokenizer, job.prompts, job.workload.sequences
+    tokenizer, prompts, size = job.loaded.tokenizer, job.prompts, job.batch_size
     texts = [render(prompt, tokenizer) for prompt in prompts]
     _refuse_empty(texts, tokenizer)
     width = longest(texts, tokenizer)

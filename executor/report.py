@@ -56,6 +56,7 @@ def make_report(
         decode_tokens_per_s=generated.decode_tokens_per_s if generated else None,
         prefill_tokens_per_s=generated.prefill_tokens_per_s if generated else None,
         train_tokens_per_s=train_rate(outcome),
+        speculation=generated.speculation if generated else None,
         steps=trained.steps if trained else None,
         resumed_from_step=trained.resumed_from_step if trained else 0,
         losses=tuple(trained.record.losses) if trained else (),

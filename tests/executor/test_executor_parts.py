@@ -154,7 +154,8 @@ def test_weights_of_another_shape_are_refused(tiny: Path) -> None:
             "checkpointing is off",
         ),
         ({"task": "train", "method": "full"}, {"dtype": "fp16"}, {"": "cpu"}, "cannot scale"),
-        ({}, {"speculate": "lookup"}, {"": "cpu"}, "speculation"),
+        ({}, {"speculate": "lookup", "cache": "static"}, {"": "cpu"}, "takes rejected tokens back"),
+        ({}, {"speculate": "draft"}, {"": "cpu"}, "drafts with no model"),
         ({}, {}, {"model": 0, "lm_head": 99}, "over cards 0, 99"),
     ],
 )
