@@ -95,22 +95,15 @@ def pack(weights: Iterable[torch.Tensor], experts: int, transposed: bool) -> nn.
     return packing.parameter()
 
 
-def state_of(stack: nn.Parameter, expert: int) -> Any:
-    """The quantization state of one expert, of views into the stack's."""
+def state_of(state: Any, at: Any) -> Any:
+    """The quantization state of the expert `at` of a stack's `state`, of views into it; of copies for the
+    experts of an index tensor."""
     from bitsandbytes.functional import QuantState
 
-    whole = stack.quant_state  # type: ignore[attr-defined]
-    inner = whole.state2
-    nested = QuantState(inner.absmax[expert], code=inner.code, blocksize=256, dtype=inner.dtype)
+    inner = state.state2
+    nested = QuantState(inner.absmax[at], code=inner.code, blocksize=256, dtype=inner.dtype)
     return QuantState(
-        whole.absmax[expert],
-        whole.shape,
-        whole.code,
-        _BLOCK,
-        "nf4",
-        whole.dtype,
-        whole.offset[expert],
-        nested,
+        state.absmax[at], state.shape, state.code, _BLOCK, "nf4", state.dtype, state.offset[at], nested
     )
 
 
@@ -118,7 +111,7 @@ def dequantized(stack: nn.Parameter, expert: int) -> torch.Tensor:
     """The weight of one expert, N x K."""
     from bitsandbytes.functional import dequantize_4bit
 
-    return dequantize_4bit(stack.data[expert], state_of(stack, expert))
+    return dequantize_4bit(stack.data[expert], state_of(stack.quant_state, expert))  # type: ignore[attr-defined]
 
 
 # --------------------------------------------------------------------------- computing
@@ -140,11 +133,12 @@ class _Product(torch.autograd.Function):
 
         ctx.experts, ctx.name, ctx.groups = experts, name, groups
         stack = getattr(experts, name)
-        out = x.new_empty((len(x), stack.quant_state.shape[0]))
+        packed, state = stack.data, stack.quant_state
+        out = x.new_empty((len(x), state.shape[0]))
         with torch.autocast(x.device.type, enabled=False):
             for expert, first, end in groups:
                 # bitsandbytes takes its fused kernel for few rows and dequantizes for many
-                out[first:end] = matmul_4bit(x[first:end], stack.data[expert], state_of(stack, expert))
+                out[first:end] = matmul_4bit(x[first:end], packed[expert], state_of(state, expert))
         return out
 
     @staticmethod
@@ -159,6 +153,15 @@ class _Product(torch.autograd.Function):
         return back, None, None, None
 
 
+def _few_rows(x: torch.Tensor, stack: Any, ids: torch.Tensor) -> torch.Tensor:
+    from bitsandbytes import matmul_4bit
+
+    packed, state = stack.data[ids], state_of(stack.quant_state, ids)
+    with torch.autocast(x.device.type, enabled=False):
+        rows = [matmul_4bit(x[n : n + 1], packed[n], state_of(state, n)) for n in range(len(x))]
+    return torch.cat(rows)
+
+
 class PackedExperts(nn.Module):
     """What an experts module does with packed stacks. Its class is made by `adopt_experts`."""
 
@@ -171,22 +174,33 @@ class PackedExperts(nn.Module):
         """As transformers' `grouped_mm_experts_forward`: rows in the order of their experts, summed up in
         the order of a token's choice. hidden_states: T x D; index and weights: T x experts a token."""
         tokens, chosen = top_k_index.shape
-        ids, order = torch.sort(top_k_index.reshape(-1), stable=True)
-        groups = self._groups(ids)
+        ids = top_k_index.reshape(-1)
+        if 2 * len(ids) <= len(self.down_proj) and not torch.is_grad_enabled():
+            rows = self._experts(hidden_states.repeat_interleave(chosen, 0), ids, None)
+            rows = rows * top_k_weights.reshape(-1, 1)
+        else:
+            ids, order = torch.sort(ids, stable=True)
+            rows = self._experts(hidden_states[order // chosen], ids, self._groups(ids))
+            rows = rows * top_k_weights.reshape(-1)[order].unsqueeze(-1)
+            back = torch.empty_like(order)
+            back[order] = torch.arange(len(order), device=order.device)
+            rows = rows[back]
+        return rows.view(tokens, chosen, -1).sum(dim=1).to(hidden_states.dtype)
+
+    def _experts(self, rows: torch.Tensor, ids: torch.Tensor, groups: Groups | None) -> torch.Tensor:
+        """Each row through its expert; `groups` as `_linear` takes them."""
         up = "gate_up_proj" if self._has("gate") else "up_proj"
-        rows = self._linear(hidden_states[order // chosen], up, ids, groups)
+        rows = self._linear(rows, up, ids, groups)
         rows = self._apply_gate(rows) if self._has("gate") else self.act_fn(rows)
         rows = self._linear(rows, "down_proj", ids, groups)
-        if getattr(self, "has_post_expert_norm", False):
-            rows = self.post_expert_norm(rows)
-        rows = rows * top_k_weights.reshape(-1)[order].unsqueeze(-1)
-        back = torch.empty_like(order)
-        back[order] = torch.arange(len(order), device=order.device)
-        total = rows[back].view(tokens, chosen, -1).sum(dim=1)
-        return total.to(hidden_states.dtype)
+        return self.post_expert_norm(rows) if getattr(self, "has_post_expert_norm", False) else rows
 
-    def _linear(self, x: torch.Tensor, name: str, ids: torch.Tensor, groups: Groups) -> torch.Tensor:
-        out = _Product.apply(x.to(getattr(self, name).quant_state.dtype), self, name, groups)
+    def _linear(self, x: torch.Tensor, name: str, ids: torch.Tensor, groups: Groups | None) -> torch.Tensor:
+        """A few rows (`groups` None) are multiplied one by one by gathered copies of their packed experts:
+        then the host need not know which they are, and a decode step can be recorded in a CUDA graph."""
+        stack = getattr(self, name)
+        x = x.to(stack.quant_state.dtype)
+        out = _few_rows(x, stack, ids) if groups is None else _Product.apply(x, self, name, groups)
         bias = getattr(self, f"{name}_bias", None) if getattr(self, "has_bias", False) else None
         return out if bias is None else out.add_(bias[ids])
 

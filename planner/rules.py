@@ -13,6 +13,7 @@ from functools import cache
 import msgspec
 from msgspec import Struct
 
+from planner.memory.shapes import numerics
 from planner.rates import capability, has_bf16
 from planner.types import Gpu, Machine, Strategy, Workload
 from profiles.data import read_table
@@ -348,6 +349,12 @@ RULES: tuple[Rule, ...] = (
         "no_fused_experts",
         lambda c: c.strategy.quant_experts == "nf4" and not _has_fused_experts(c),
         "the model has no fused experts to quantize",
+        "--quant-experts none",
+    ),
+    Rule(
+        "experts_in_own_code",
+        lambda c: c.strategy.quant_experts == "nf4" and c.arch.model_type not in numerics().shared_code,
+        "transformers runs this architecture's experts in code of its own, which takes no quantized ones",
         "--quant-experts none",
     ),
     Rule(

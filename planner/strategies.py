@@ -44,7 +44,10 @@ class Lever(Struct, frozen=True):
     reason: str
 
 
+_PACKED_EXPERTS = "experts in NF4 like the other weights; transformers alone leaves them in 16 bits"
 LEVERS: tuple[Lever, ...] = (
+    Lever("infer", {"quant_experts": "nf4"}, "memory", _PACKED_EXPERTS),
+    Lever("train", {"quant_experts": "nf4"}, "memory", _PACKED_EXPERTS),
     Lever("train", {"optimizer": "adamw_8bit"}, "memory", "optimizer state in 8 bits instead of 32"),
     Lever(
         "train",
@@ -219,7 +222,10 @@ def _variants(
 
 
 def _pointless(lever: Lever, base: Strategy) -> bool:
-    """Whether a lever saves nothing over the base: paged state is the smallest, and on a CPU is not paged."""
+    """Whether a lever saves nothing over the base: paged state is the smallest, and on a CPU is not paged;
+    experts are quantized with the other weights only."""
+    if "quant_experts" in lever.settings:
+        return base.quant != "nf4"
     optimizer = str(lever.settings.get("optimizer", ""))
     if not optimizer:
         return False

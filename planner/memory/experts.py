@@ -5,6 +5,7 @@ from __future__ import annotations
 from planner.memory.activations import activation
 from planner.memory.forward import CUSTOM_GEMM_TOKENS, Pass, multiply
 from planner.memory.tape import Tape, Tensor
+from profiles.precisions import load_precisions, weight_bytes_per_parameter
 from profiles.schema import Experts
 
 
@@ -20,9 +21,9 @@ def routed_experts(tape: Tape, p: Pass, y: Tensor, spec: Experts, act: str) -> T
     picked = tape.op((y,), pairs * d * w, width=w)  # hidden_states[perm // k]
     index = tape.new(pairs * 8 * 3)
     up_spec, down_spec = _expert_weights(spec, d)
-    if not p.train and p.seq == 1 and spec.fused and not p.packed_experts:
+    if not p.train and p.seq == 1 and spec.fused:
         # decode copies the weights of every expert a token picked (transformers switches to batched_mm)
-        tape.touch(pairs * (up_spec + down_spec) // max(1, spec.count) * w)
+        tape.touch(_copied(p, spec, pairs, up_spec, down_spec))
     up_size = up_spec // max(1, spec.count * d)
     temp, back_temp = _beside(p, spec, up_spec, up_size)
     up_w = tape.parameter(up_spec * w, p.full)
@@ -60,6 +61,18 @@ def routed_experts(tape: Tape, p: Pass, y: Tensor, spec: Experts, act: str) -> T
     out_total = tape.cast(total, y.width)
     tape.free(total, restored, scores, weights, index, out, picked, bias)
     return out_total
+
+
+def _copied(p: Pass, spec: Experts, pairs: int, up: int, down: int) -> int:
+    """Bytes of the experts' weights that a decode step copies. Packed ones one projection at a time, and only
+    where their number is small (`executor/packed_experts.py`)."""
+    if not p.packed_experts:
+        return pairs * (up + down) // max(1, spec.count) * p.width
+    if 2 * pairs > spec.count:
+        return 0
+    return int(
+        pairs * max(up, down) / max(1, spec.count) * weight_bytes_per_parameter(load_precisions()["nf4"])
+    )
 
 
 def _beside(p: Pass, spec: Experts, weights: int, outputs: int) -> tuple[int, int]:

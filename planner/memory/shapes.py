@@ -93,6 +93,8 @@ class Numerics(Struct, frozen=True):
     inline_feed_forward: frozenset[str]
     shared_first: frozenset[str]
     clamped_experts: frozenset[str]
+    shared_code: frozenset[str]
+    """Experts run in transformers' common code, which engines replace where they are quantized."""
     routers: dict[str, str]
     layer_norm: dict[str, str]
     embeddings: dict[str, str]

@@ -72,6 +72,20 @@ def test_streamed_equals_resident(tmp_path: Path, kind: str) -> None:
     loaded.close()
 
 
+def test_few_rows_are_multiplied_without_a_look_at_their_experts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One token, as a recorded decode step needs it: the same results, nothing read on the host."""
+    source = write_model(tmp_path, "gpt_oss")
+    (module, *_) = experts_of(resident.load(request(source, "nf4+experts")).model)
+    x, index = torch.randn(1, 64).bfloat16(), torch.tensor([[3, 1]])
+    weights = torch.tensor([[0.75, 0.25]])
+    want = module(x, index, weights).detach()  # gradients are on: grouped
+    monkeypatch.setattr(PackedExperts, "_groups", None)
+    with torch.no_grad():
+        assert torch.equal(module(x, index, weights), want)
+
+
 def test_a_rehearsal_draws_and_packs_expert_by_expert(monkeypatch: pytest.MonkeyPatch) -> None:
     sizes = watch_packing(monkeypatch)
     want = logits(resident.load(request(random_source("mixtral"), "nf4+experts")).model)

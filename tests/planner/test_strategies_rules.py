@@ -104,6 +104,21 @@ def test_a_rule_about_systems_and_models():
     assert {"qwen2", "llama", "gemma2"} <= liger_model_types()
 
 
+def test_experts_are_quantized_where_they_run_in_common_code():
+    packed = Strategy(quant="nf4", quant_experts="nf4")
+    mixtral, llama4 = (
+        architecture(load_model(name).config)
+        for name in ("mixtral-8x7b-v0.1", "llama-4-scout-17b-16e-instruct")
+    )
+    assert rule(card("h200"), INFER, packed, mixtral) is None
+    assert rule(card("h200"), INFER, packed, llama4) == "experts_in_own_code"
+    assert rule(card("h200"), INFER, replace(packed, quant="int8"), mixtral) == "experts_alone"
+    for workload in (INFER, QLORA):
+        found, _ = legal_strategies(mixtral, card("h200"), workload)
+        assert {s.quant_experts for s in found if s.quant == "nf4"} == {"none", "nf4"}
+        assert {s.quant_experts for s in found if s.quant != "nf4"} <= {"none"}
+
+
 def test_every_rule_says_why_and_what_would_do():
     assert len({each.name for each in RULES}) == len(RULES)
     for each in RULES:
