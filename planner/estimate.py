@@ -16,7 +16,7 @@ from msgspec.structs import replace
 from planner.attention_kernel import as_it_runs
 from planner.errors import BadOption
 from planner.identity import identity_cache
-from planner.machine import budget
+from planner.machine import budget, free_ram
 from planner.memory.adapters import adapter_parameters
 from planner.memory.host import checkpoint_bytes, disk_space, host_memory
 from planner.memory.infer import inference_memory
@@ -25,11 +25,12 @@ from planner.memory.offload import assembled_bytes, offloaded_memory, passing_by
 from planner.memory.optimizer import OPTIMIZERS, StateBytes
 from planner.memory.overheads import context, cublas_workspace, slack
 from planner.memory.recurrent import is_followed
-from planner.memory.stream import pinned_bytes, streamed_memory
+from planner.memory.streamed import parts_of, pinned_lines, slab_file_bytes, streamed_memory
 from planner.memory.train import optimizer_state, training_memory
 from planner.memory.weights import WIDTH, WeightBytes, weight_bytes
 from planner.placement import (
     Split,
+    Tiers,
     balanced,
     offload_map,
     one_device,
@@ -37,9 +38,12 @@ from planner.placement import (
     several_cards,
     split_at,
     stream_map,
+    tiers_of,
+    token_embedding,
 )
 from planner.speed import predict_speed
 from planner.strategies import INFER_SETTINGS, TRAIN_SETTINGS
+from planner.streaming import choose_residents, spread_over_disk
 from planner.types import (
     DiskEstimate,
     Estimate,
@@ -53,7 +57,7 @@ from planner.types import (
     Strategy,
     Workload,
 )
-from planner.verdict import judge
+from planner.verdict import RAM_UNCERTAINTY, judge
 from profiles.architecture import loaded_architecture
 from profiles.arithmetic import parameter_count
 from profiles.schema import Architecture, Linear, ModelProfile
@@ -255,19 +259,23 @@ def _offloaded(
 def _streamed(
     arch: Architecture, machine: Machine, work: Workload, how: Strategy
 ) -> tuple[tuple[GpuEstimate, ...], PlacementMap]:
-    """Layer streaming on the first card: as many layers stay as surely fit beside the slots."""
+    """Layer streaming on the first card: as much stays as surely fits beside the slots."""
     gpu = machine.gpus[0]
-    memory = _memory(arch, work, how, gpu)
-
-    def card(resident: int) -> GpuEstimate:
-        return _card(gpu, streamed_memory(memory, arch, how, resident), arch, work, how)
-
+    memory, parts = _memory(arch, work, how, gpu).lean, parts_of(arch, how)
     room = budget(gpu)[0] or 0
-    fits, too_many = 0, arch.layers + 1
-    while too_many - fits > 1:
-        middle = (fits + too_many) // 2
-        fits, too_many = (middle, too_many) if card(middle).high_bytes <= room else (fits, middle)
-    return (card(fits),), stream_map(arch, fits)
+
+    def card(tiers: Tiers) -> GpuEstimate:
+        return _card(gpu, streamed_memory(memory, parts, tiers), arch, work, how)
+
+    tiers = choose_residents(parts, lambda tiers: card(tiers).high_bytes, room, work, how)
+    free = free_ram(machine)
+    most = None
+    if free is not None:
+        beside = host_memory(
+            on_card=True, managed_bytes=memory.managed_bytes, pinned_bytes=memory.host_bytes
+        ).ram_bytes
+        most = int(free / (1 + RAM_UNCERTAINTY)) - beside
+    return (card(tiers),), stream_map(arch, spread_over_disk(parts, tiers, how, most))
 
 
 def _spread(
@@ -325,7 +333,7 @@ def _host(
         in_ram_bytes=in_ram,
         managed_bytes=max((gpu.managed_bytes for gpu in gpus), default=0),
         pinned_bytes=memory.host_bytes if on_card else 0,
-        slab_bytes=pinned_bytes(arch, how, placement.layers_on_gpu) if streams else 0,
+        streamed=pinned_lines(parts_of(arch, how), tiers_of(arch, placement)) if streams else (),
         largest_tensor_bytes=0 if streams else _in_flight(arch, weights, placement, on_card),
         saved_bytes=saved,
         run_bytes=0 if on_card else memory.peak.bytes + memory.managed_bytes,
@@ -360,7 +368,7 @@ def _in_ram(arch: Architecture, weights: WeightBytes, placement: PlacementMap) -
 
 
 def _embedding_place(arch: Architecture, placement: PlacementMap) -> int | str | None:
-    return placement.device_map.get(arch.embeddings[0].name.rsplit(".", 1)[0])
+    return placement.device_map.get(token_embedding(arch))
 
 
 def _disk(
@@ -371,7 +379,8 @@ def _disk(
         for i, kind in enumerate(arch.order)
         if placement.device_map.get(f"{arch.layers_path}.{i}") == "disk"
     ]
-    written = assembled_bytes(arch, away, WIDTH[how.dtype])
+    streams = how.engine == "stream"
+    written = 0 if streams else assembled_bytes(arch, away, WIDTH[how.dtype])
     state: StateBytes | None = None
     trained = 0
     if work.task == "train":
@@ -379,7 +388,8 @@ def _disk(
         trained = parameters if work.method == "full" else adapter_parameters(arch, work)
     checkpoint = checkpoint_bytes(parameters, trained, work, how, state)
     width = WIDTH[how.dtype] if work.method == "full" else WIDTH[work.adapter_dtype]
-    return disk_space(arch, parameters, work, written, checkpoint, trained * width)
+    packed = slab_file_bytes(arch, how) if streams and away else 0
+    return disk_space(arch, parameters, work, written, checkpoint, trained * width, packed)
 
 
 __all__ = ["CALIBRATED_STACK", "architecture_of", "estimate"]

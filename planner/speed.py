@@ -12,7 +12,9 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from planner.memory.adapters import adapter_parameters
+from planner.memory.streamed import Traffic, parts_of, traffic
 from planner.passes import Job, Seconds, decode_seconds, prefill_seconds, train_seconds
+from planner.placement import tiers_of
 from planner.rates import LEVELS, Level, Rates, card_rates, cpu_rates
 from planner.types import Machine, PlacementMap, Range, Speed, Strategy, Workload
 from planner.work import count_work
@@ -35,7 +37,10 @@ def predict_speed(
     on_cpu = strategy.placement == "cpu" or not machine.gpus
     adapted = workload.task == "train" and workload.method != "full"
     adapters = adapter_parameters(arch, workload) if adapted else 0
-    job = Job(count_work(arch), workload, strategy, placement, on_cpu, machine.host.cores or 0, adapters)
+    moves = _traffic(arch, workload, strategy, placement) if not on_cpu else Traffic()
+    job = Job(
+        count_work(arch), workload, strategy, placement, on_cpu, machine.host.cores or 0, adapters, moves
+    )
     rates_of = cpu_rates if on_cpu else card_rates
     rates = {level: rates_of(machine, strategy.dtype, level) for level in LEVELS}
     basis = _basis(machine, on_cpu)
@@ -45,6 +50,12 @@ def predict_speed(
     decode, bound = _range(job, rates, decode_seconds, workload.sequences)
     prefill, _ = _range(job, rates, prefill_seconds, workload.sequences * workload.prompt_tokens)
     return Speed(decode_tokens_per_s=decode, prefill_tokens_per_s=prefill, bound=bound, basis=basis)
+
+
+def _traffic(arch: Architecture, workload: Workload, strategy: Strategy, placement: PlacementMap) -> Traffic:
+    if strategy.engine != "stream":
+        return Traffic()
+    return traffic(parts_of(arch, strategy), tiers_of(arch, placement), workload.task == "train")
 
 
 def _basis(machine: Machine, on_cpu: bool) -> str:

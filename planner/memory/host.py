@@ -30,19 +30,20 @@ _STORED_BITS = {
 def host_memory(
     *,
     on_card: bool,
-    in_ram_bytes: int,
     managed_bytes: int,
     pinned_bytes: int,
-    slab_bytes: int = 0,
-    largest_tensor_bytes: int,
-    saved_bytes: int,
+    in_ram_bytes: int = 0,
+    streamed: tuple[MemoryLine, ...] = (),
+    largest_tensor_bytes: int = 0,
+    saved_bytes: int = 0,
     run_bytes: int = 0,
 ) -> HostEstimate:
-    """Peak RAM. `slab_bytes`: of streamed layers; `run_bytes`: allocated peak of a run on the CPU itself."""
+    """Peak RAM. `streamed`: page-locked memory of engine stream; `run_bytes`: allocated peak of a run on the
+    CPU itself."""
     lines = (
         line("process", process_ram(on_card), "Python, torch and libraries", "measured"),
         line("offloaded weights", in_ram_bytes, "layers kept in RAM, unquantized under accelerate"),
-        line("streamed layers", slab_bytes, "one block a layer, page-locked"),
+        *streamed,
         line("run", run_bytes, "weights, activations and cache on the CPU", "modelled"),
         line("offloaded cache or checkpoints", pinned_bytes, "pinned, copied to the card and back"),
         line("paged optimizer state", managed_bytes, "managed memory: RAM stands behind it"),
@@ -56,7 +57,7 @@ def host_memory(
     kept = tuple(item for item in lines if item.bytes)
     return HostEstimate(
         ram_bytes=sum(item.bytes for item in kept),
-        pinned_bytes=pinned_bytes + slab_bytes,
+        pinned_bytes=pinned_bytes + sum(item.bytes for item in streamed),
         components=kept,
     )
 
@@ -79,9 +80,16 @@ def download_bytes(arch: Architecture, parameters: int) -> int:
 
 
 def disk_space(
-    arch: Architecture, parameters: int, work: Workload, on_disk_bytes: int, checkpoint: int, final: int
+    arch: Architecture,
+    parameters: int,
+    work: Workload,
+    on_disk_bytes: int,
+    checkpoint: int,
+    final: int,
+    packed: int = 0,
 ) -> DiskEstimate:
-    """Everything a job writes, with the download."""
+    """Everything a job writes, with the download. `packed`: size of the slab file where layers are read
+    from it."""
     lines: list[MemoryLine] = [
         line(
             "download",
@@ -93,6 +101,7 @@ def disk_space(
             on_disk_bytes,
             "experts put together while loading; other layers on disk are read where the checkpoint is",
         ),
+        line("slab file", packed, "the model as it is streamed; the layers on disk are read from it"),
     ]
     if work.task == "train":
         lines.append(

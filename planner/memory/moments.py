@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from functools import cached_property
 
 from msgspec import Struct
+from msgspec.structs import replace
 
 from planner.types import Basis, MemoryLine, Moment
 
@@ -48,6 +49,12 @@ class CardMemory(Struct, frozen=True, kw_only=True, dict=True):
         for shot in sorted(self.snapshots, key=lambda s: s.bytes):
             best[shot.moment, shot.largest_block] = shot
         return tuple(best.values())
+
+    @cached_property
+    def lean(self) -> CardMemory:
+        """The same run with no more snapshots than decide anything, in their order."""
+        kept = set(map(id, self.leading))
+        return replace(self, snapshots=tuple(shot for shot in self.snapshots if id(shot) in kept))
 
     @cached_property
     def by_moment(self) -> dict[str, int]:

@@ -2,8 +2,8 @@
 
 Every streamed layer is one block of page-locked RAM, its slab: tensors begin at multiples of 256 bytes, a
 slab ends at a multiple of 4 KiB. The card has `SLOTS` blocks of the largest slab's size for all of them
-together. Embeddings, final norm and output projection stay on the card, as do buffers and the few parameters
-that belong to a layer itself.
+together. Buffers stay on the card, as do the few parameters that belong to a layer itself. What a whole run
+takes is in `streamed`.
 """
 
 from __future__ import annotations
@@ -11,14 +11,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from functools import lru_cache
 
-from msgspec.structs import replace
-
-from planner.memory.moments import CardMemory, line
-from planner.memory.tape import rounded
-from planner.memory.weights import WIDTH, layer_linears, packed_stack, parameter_bytes, weight_bytes
+from planner.memory.weights import WIDTH, layer_linears, packed_stack, parameter_bytes
 from planner.placement import spread_evenly
-from planner.types import MemoryLine, Strategy
-from planner.units import MIB, format_bytes
+from planner.units import MIB
 from profiles.precisions import load_precisions, stored_bytes
 from profiles.schema import Architecture, Layer, Linear, Parameter
 
@@ -115,54 +110,14 @@ def streamed_layers(arch: Architecture, resident: int) -> tuple[int, ...]:
     return tuple(index for index in range(arch.layers) if index not in kept)
 
 
-def pinned_bytes(arch: Architecture, how: Strategy, resident: int) -> int:
-    """Page-locked RAM of all streamed layers."""
-    sizes = slabs(arch, how.quant, how.dtype, how.quant_experts)
-    return sum(sizes[index] for index in streamed_layers(arch, resident))
+def table_bytes(quant: str) -> tuple[int, ...]:
+    """Bytes of the code books that all streamed weights of a precision share."""
+    return _TABLES.get(quant, ())
 
 
-def streamed_memory(memory: CardMemory, arch: Architecture, how: Strategy, resident: int) -> CardMemory:
-    """The same run with all but `resident` layers in RAM, passing through slots.
-
-    Loading brings one layer to the card at a time, beside what stays; the slots are made afterwards.
-    """
-    away = streamed_layers(arch, resident)
-    if not away:
-        return memory
-    weights = weight_bytes(arch, how.quant, how.quant_experts, how.dtype)
-    sizes = slabs(arch, how.quant, how.dtype, how.quant_experts)
-    left = sum(weights.layers[arch.order[index]] - _left_behind(arch, index, how) for index in away)
-    count, largest = min(SLOTS, len(away)), max(sizes[index] for index in away)
-    tables = sum(rounded(table) for table in _TABLES.get(how.quant, ()))
-    slots = line(
-        "slots",
-        count * rounded(largest) + tables,
-        f"{count} x {format_bytes(largest)} for {len(away)} streamed layers",
-    )
-    stays = memory.load_bytes - left
-    passing = max(weights.layers[arch.order[index]] for index in away)
-    beside = memory.load_peak_bytes - memory.load_bytes
-    text = f"{resident} of {arch.layers} layers and all else that is no layer, {format_bytes(left)} in RAM"
-
-    def change(lines: tuple[MemoryLine, ...]) -> tuple[MemoryLine, ...]:
-        kept = (
-            replace(item, bytes=item.bytes - left, formula=text) if item.name == "weights" else item
-            for item in lines
-        )
-        return (*kept, slots)
-
-    return replace(
-        memory,
-        load_bytes=stays + slots.bytes,
-        load_peak_bytes=stays + max(slots.bytes, passing + beside),
-        snapshots=tuple(replace(shot, lines=change(shot.lines)) for shot in memory.snapshots),
-    )
-
-
-def _left_behind(arch: Architecture, index: int, how: Strategy) -> int:
-    layer = arch.kinds[arch.order[index]]
+def left_behind(layer: Layer, width: int) -> int:
+    """Bytes of a streamed layer that stay on the card: buffers, and parameters of the layer itself."""
     experts = layer.feed_forward.experts
     routers = experts.router if experts is not None else ()
     items = [*layer.parameters, *layer.attention.parameters, *layer.feed_forward.parameters, *routers]
-    width = WIDTH[how.dtype]
     return sum(parameter_bytes(item, width) for item in items if isinstance(item, Parameter) and _stays(item))

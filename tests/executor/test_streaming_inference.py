@@ -19,7 +19,7 @@ from executor.cli import main
 from executor.engines import resident, stream
 from executor.errors import BadWeights, CannotHonour
 from executor.source import ModelSource
-from planner.placement import spread_evenly, stream_map
+from planner.placement import Tiers, spread_evenly, stream_map
 from planner.types import Workload
 from profiles.architecture import architecture
 
@@ -87,7 +87,7 @@ def test_weights_stand_once(tmp_path: Path) -> None:
 def test_residents_are_those_of_the_plan(tmp_path: Path) -> None:
     """Without a number on the command line; the map says which, too."""
     arch = architecture(json.loads((write_model(tmp_path, "llama").folder / "config.json").read_text()))
-    placed = stream_map(arch, 2).device_map
+    placed = stream_map(arch, Tiers(2)).device_map
     asked = request(ModelSource(tmp_path, {}), "none", None, placement="mixed_offload")
     candidate = msgspec.structs.replace(asked.candidate, device_map=placed)
     loaded = stream.load(dataclasses.replace(asked, candidate=candidate))
