@@ -82,31 +82,35 @@ def pack(job: PackJob, shown: bool = True) -> Packed:
         writer = SlabWriter(job.path, job.recipe, job.device)
     except OSError as error:
         raise CannotWrite(f"cannot write {job.path}: {error.strerror}", "give another -o") from None
+    kept = writer.bytes if writer.done else 0
+    title = f"packing {job.name} ({job.strategy.quant}, {job.device})"
     try:
-        kept = writer.bytes if writer.done else 0
-        _show_size(job, writer, kept)
-        with (
-            ui.Steps(f"packing {job.name} ({job.strategy.quant}, {job.device})")
-            if shown
-            else nullcontext() as steps
-        ):
+        _show_size(job, kept)
+        with ui.Steps(title) if shown else nullcontext() as steps:
             _write(job, writer, steps)
         return Packed(job.path, writer.finish(), kept, time.monotonic() - began)
     except Exception as error:
-        failure = writing_failed(error, job.path.parent, goes_on=False)
-        if failure is None:
+        shown_error = _as_shown(error, job, writer)
+        if shown_error is error:
             raise
-        done = f"what is packed is kept ({format_bytes(writer.whole_bytes)}) and the same command goes on"
-        raise CannotWrite(str(failure), f"free some space; {done}") from error
+        raise shown_error from error
     finally:
         writer.close()
 
 
-def _show_size(job: PackJob, writer: SlabWriter, kept: int) -> None:
+def _as_shown(error: Exception, job: PackJob, writer: SlabWriter) -> Exception:
+    """What says in a line that the disk takes no more; other errors as they are."""
+    failure = writing_failed(error, job.path.parent, goes_on=False)
+    if failure is None:
+        return error
+    kept = f"{format_bytes(writer.whole_bytes)} are packed and kept: the same command goes on from there"
+    return CannotWrite(str(failure), f"free some space; {kept}")
+
+
+def _show_size(job: PackJob, kept: int) -> None:
     """Say how large the file will be. Errors: `CannotWrite` when the disk has no room for it."""
     needed, free = predicted_bytes(job.source, job.strategy), shutil.disk_usage(job.path.parent).free
-    left = needed - kept
-    if left > free:
+    if needed - kept > free:
         raise CannotWrite(
             f"{job.path} takes {format_bytes(needed)} and {job.path.parent} has {format_bytes(free)} free",
             "free some space, or give -o on a larger disk",
@@ -130,12 +134,6 @@ def _write(job: PackJob, writer: SlabWriter, steps: ui.Steps | None) -> None:
         place = {"": str(job.device)}
         load_model(job.source, job.strategy, place, job.device, job.seed, job.remote_code)
         packer.finish()
-
-
-def clean_up(path: Path) -> None:
-    """Remove what an interrupted packing of `path` has left."""
-    for left in (path.with_name(f"{path.name}.partial"), path.with_name(f"{path.name}.journal")):
-        left.unlink(missing_ok=True)
 
 
 def link(standard: Path, target: Path) -> bool:

@@ -164,7 +164,11 @@ class SlabWriter:
         """Let go of everything; what is written stays for the next process to go on from."""
         self._failed = self._failed or RuntimeError("closed")
         self._pool.shutdown()
-        self._journal.close()
+        if self.whole_bytes > HEADER_BYTES:
+            self._journal.close()
+        else:
+            self._journal.remove()
+            self.partial.unlink(missing_ok=True)
         self._file.close()
         self._staging.close()
 
