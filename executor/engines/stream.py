@@ -8,6 +8,7 @@ copies that end at once.
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from typing import Any
 
 from executor.engines import Loaded, LoadRequest
@@ -31,36 +32,38 @@ def load(request: LoadRequest) -> Loaded:
 
     _refuse(request)
     slab, notes = slab_file_for(request)
-    arena, spill = Arena(request.device), Spill(request.scratch)
-    try:
+    where, places = request.device, request.candidate.device_map
+    with ExitStack() as held:
+        arena = Arena(where)
+        held.callback(arena.close)
         resident, outside = _resident_layers(request), Outside(_outside(request), arena)
         packer: Any
         if slab is None:
-            packer = Packer(resident, arena, request.candidate.device_map, spill)
+            packer = Packer(resident, arena, places, Spill(request.scratch))
             loading = handing_over(packer)
         else:
-            packer = SlabLoad(slab, resident, arena, outside, request.device)
+            packer = SlabLoad(slab, resident, arena, outside, where, places)
             loading = packer.loading()
+        held.callback(packer.close)
         with loading, outside.taking():
             model = load_model(
                 request.source,
                 request.candidate.strategy,
-                {"": str(request.device)},
-                request.device,
+                {"": str(where)},
+                where,
                 request.seed,
                 request.remote_code,
             )
-        spill.finish()
-        loaded = _start(request, model, packer, outside, arena, spill)
+        loaded = _start(request, model, packer, outside, arena, held)
         loaded.notes += notes
-        return loaded
-    except BaseException:
-        arena.close()
-        spill.close()
-        raise
+        loaded.close = held.pop_all().close
+    return loaded
 
 
-def _start(request: LoadRequest, model: Any, packer: Any, outside: Any, arena: Any, spill: Any) -> Loaded:
+def _start(
+    request: LoadRequest, model: Any, packer: Any, outside: Any, arena: Any, held: ExitStack
+) -> Loaded:
+    """What has to end with the run is put on `held`."""
     from executor.streaming.outside import start_head
     from executor.streaming.saved import SavedWeights
     from executor.streaming.streamer import Streamer
@@ -77,7 +80,6 @@ def _start(request: LoadRequest, model: Any, packer: Any, outside: Any, arena: A
             pinned_bytes=arena.pinned_bytes,
             outside_on_host=outside.names,
             notes=notes,
-            close=arena.close,
         )
     if request.device.type == "cuda":
         # blocks that loading has left must not stand beside the slots
@@ -86,23 +88,17 @@ def _start(request: LoadRequest, model: Any, packer: Any, outside: Any, arena: A
         torch.cuda.empty_cache()
     carried = [*layers, *blocks]
     streamer = Streamer(carried, min(SLOTS, len(carried)), request.device, arena)
-    try:
-        start_head(model, blocks, streamer)
-        if request.candidate.strategy.quant != "none":
-            from executor.streaming.linears import adopt
+    held.callback(streamer.close)
+    start_head(model, blocks, streamer)
+    if request.candidate.strategy.quant != "none":
+        from executor.streaming.linears import adopt
 
-            adopt(streamer)
-        saved = SavedWeights(streamer, packer.stack.owner)
-    except BaseException:
-        streamer.close()
-        raise
+        adopt(streamer)
+    if request.workload.task == "train" and request.workload.lora_variant == "dora":
+        from executor.streaming.dora import acquire_for_norms
 
-    def close() -> None:
-        saved.remove()
-        streamer.close()
-        arena.close()
-        spill.close()
-
+        held.callback(acquire_for_norms(streamer))
+    held.callback(SavedWeights(streamer, packer.stack.owner).remove)
     return Loaded(
         model=model,
         tokenizer=tokenizer,
@@ -114,7 +110,6 @@ def _start(request: LoadRequest, model: Any, packer: Any, outside: Any, arena: A
         outside_on_host=outside.names,
         notes=notes,
         traffic=streamer.traffic,
-        close=close,
     )
 
 
@@ -127,11 +122,6 @@ def _refuse(request: LoadRequest) -> None:
         )
     if workload.task == "train" and strategy.upcast_frozen:
         raise CannotHonour("engine stream keeps frozen weights as they are", "plan without `--upcast-frozen`")
-    if workload.task == "train" and workload.lora_variant == "dora":
-        raise CannotHonour(
-            "DoRA reads all weights before the first pass; engine stream has them one layer at a time",
-            "plan with `--lora-variant lora` or `--lora-variant rslora`",
-        )
     away = _outside(request)
     if workload.task == "train" and strategy.kernels == "liger" and away:
         raise CannotHonour(

@@ -123,8 +123,13 @@ class Packer:
             return slab
         return self._spill.add(slab, self._room.on_disk_to_come(index, slab.numel()))
 
+    def close(self) -> None:
+        """Give back what is on disk."""
+        self._spill.close()
+
     def layers(self) -> list[StreamedLayer]:
         """The streamed layers in their order, once all are complete."""
+        self._spill.finish()
         left = [name for names in self._missing.values() for name in names]
         assert not left, f"never set: {left[:3]}"
         return [

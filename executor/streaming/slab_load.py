@@ -6,7 +6,7 @@ the blocks of the file are read to where they will stay, and then the weights ar
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -14,14 +14,17 @@ import torch
 from torch import nn
 
 from executor.streaming.arena import Arena, require_room
+from executor.streaming.direct_io import DirectFile
+from executor.streaming.disk_tier import layers_on_disk, ring_bytes
 from executor.streaming.forms import make_parameter
 from executor.streaming.layers import Stack, find_stack, tied_names
 from executor.streaming.loader_hooks import StandIn, owner_of, reading_instead, set_weight, standing_in
 from executor.streaming.loading import handing_over, refuse_too_many
 from executor.streaming.outside import Outside
 from executor.streaming.residency import Tables, Weight, weights_of
+from executor.streaming.ring import DiskBlock
 from executor.streaming.slab import Layout, Piece
-from executor.streaming.slab_file import BlockEntry, SlabFile, WeightEntry
+from executor.streaming.slab_file import BlockEntry, SlabFile, SlabLayer, WeightEntry
 from executor.streaming.slab_reader import SlabReader
 from executor.streaming.streamer import StreamedLayer
 from planner.placement import spread_evenly
@@ -29,17 +32,26 @@ from planner.placement import spread_evenly
 
 class SlabLoad:
     """One load from `slab`, with `resident` layers on `device`, and the others and what `outside` names in
-    `arena`.
+    `arena`. Layers that `device_map` places on disk stay in the file, and are checked when they are first
+    read from it.
 
     Errors: `CannotHonour` for more layers than the model has.
     """
 
     def __init__(
-        self, slab: SlabFile, resident: int, arena: Arena, outside: Outside, device: torch.device
+        self,
+        slab: SlabFile,
+        resident: int,
+        arena: Arena,
+        outside: Outside,
+        device: torch.device,
+        device_map: Mapping[str, int | str],
     ) -> None:
         self._slab, self._arena, self._outside, self._device = slab, arena, outside, device
         refuse_too_many(resident, len(slab.layers))
         self._kept = spread_evenly(resident, len(slab.layers))
+        self._on_disk = layers_on_disk(len(slab.layers), self._kept, device_map)
+        self._file = DirectFile(slab.path) if self._on_disk else None
         self._tables = [_table(entry, device) for entry in slab.index.tables]
         self._shared = Tables()
         self._entries = {
@@ -58,8 +70,11 @@ class SlabLoad:
 
         Errors: `BadWeights` where the file is damaged, `CannotHonour` where RAM is too small.
         """
-        require_room(sum(block.nbytes for block in self._slab.index.blocks if self._waits_on_host(block)))
-        reader = SlabReader(self._slab, self._slab.index.blocks, self._place, self._device)
+        stays = [block for block in self._slab.index.blocks if block.layer in self._on_disk]
+        loaded = [block for block in self._slab.index.blocks if block.layer not in self._on_disk]
+        ring = ring_bytes(block.nbytes for block in stays)
+        require_room(ring + sum(block.nbytes for block in loaded if self._waits_on_host(block)))
+        reader = SlabReader(self._slab, loaded, self._place, self._device)
         try:
             with handing_over(self), reading_instead(self._stand_ins), standing_in(self._has, self._make):
                 yield
@@ -156,8 +171,20 @@ class SlabLoad:
         assert self.stack is not None and block.layer is not None
         places = tuple(weight.places for weight in self._weights(block))
         readers = tuple(dict.fromkeys(map(self._owner, block.weights)))
-        layer, slab = self.stack.layers[block.layer], self._blocks[block.offset]
+        layer, slab = self.stack.layers[block.layer], self._home(block)
         return StreamedLayer(number, layer, readers, self._layouts[block.offset], places, slab)
+
+    def _home(self, block: BlockEntry) -> torch.Tensor | DiskBlock:
+        if self._file is None or block.layer not in self._on_disk:
+            return self._blocks[block.offset]
+        check = SlabLayer(self._slab.path, block).check
+        return DiskBlock(self._file, block.offset, block.nbytes, check)
+
+    def close(self) -> None:
+        """Nothing is read from the file any more."""
+        if self._file is not None:
+            self._file.close()
+            self._file = None
 
 
 def _table(entry: tuple[str, bytes], device: torch.device) -> torch.Tensor:

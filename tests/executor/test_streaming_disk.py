@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import errno
+import os
 import random
 import threading
 import time
@@ -20,6 +21,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from streaming_models import logits, request, write_model
+from test_streaming_slab_file import asked as packing
+from test_streaming_slab_file import flip, found
 from test_streaming_training import same, train
 
 from executor.engines import LoadRequest, resident, stream
@@ -29,6 +32,7 @@ from executor.streaming.direct_io import DirectFile, aligned_memory
 from executor.streaming.ring import DiskBlock, Ring
 from executor.streaming.ring_schedule import RingSchedule
 from executor.streaming.schedule import Schedule
+from executor.streaming.slab_file import SlabFile
 
 pytestmark = pytest.mark.executor
 
@@ -359,6 +363,34 @@ def test_ram_is_needed_for_what_stays_in_it_and_for_the_ring(
     said.clear()
     stream.load(disk_request(source, tmp_path / "offload")).close()
     assert said[-1] == sizes[1] + 3 * max(sizes), "one layer in RAM, and three buffers for those on disk"
+
+
+@pytest.mark.parametrize(
+    ("harm", "said"),
+    [
+        (lambda path, layer: flip(path, layer.offset + 70), "bytes of layer 4 are not what was written"),
+        (
+            lambda path, layer: os.truncate(path, layer.offset),
+            "cannot read streamed layers .* it ends at byte",
+        ),
+    ],
+)
+def test_a_slab_file_is_read_in_place_and_checked_as_it_is_read(tmp_path: Path, harm: Any, said: str) -> None:
+    source = write_model(tmp_path / "model", "llama")
+    stream.load(packing(source, "nf4")).close()
+    want = logits(resident.load(request(source, "nf4")).model)
+    asked = disk_request(source, tmp_path / "offload", "nf4")
+    loaded = stream.load(asked)
+    assert loaded.layers_on_disk == 3 and not asked.scratch.exists(), "nothing was written a second time"
+    for _ in range(2):
+        assert torch.equal(logits(loaded.model), want)
+    loaded.close()
+    path = found(tmp_path / "model")
+    loaded = stream.load(asked)
+    harm(path, SlabFile.open(path).layers[4])
+    with pytest.raises(BadWeights, match=said):
+        logits(loaded.model)
+    loaded.close()
 
 
 def streamer_of(loaded: Any) -> Any:
