@@ -55,6 +55,7 @@ def load(request: LoadRequest) -> Loaded:
                 request.remote_code,
             )
         loaded = _start(request, model, packer, outside, arena, held)
+        loaded.notes[:0] = _notes(request, model, arena)
         loaded.notes += notes
         loaded.close = held.pop_all().close
     return loaded
@@ -70,7 +71,7 @@ def _start(
 
     layers = packer.layers()
     blocks = outside.serve(model, layers, request.device)
-    notes = [*_notes(request, model, arena), *outside.notes(blocks)]
+    notes = outside.notes(blocks)
     tokenizer = load_tokenizer(request.source, request.remote_code)
     if not layers and not blocks:
         return Loaded(

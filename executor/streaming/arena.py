@@ -59,8 +59,10 @@ class Arena:
     def bounce_buffers(self) -> list[torch.Tensor]:
         """Two locked buffers for copies out of unlocked blocks; none where nothing was refused, or where the
         system locks not even these."""
+        if self.refused is None:
+            return []
         if self._bounce is None:
-            self._bounce = self._lock_bounce_buffers() if self.refused is not None else []
+            self._bounce = self._lock_bounce_buffers()
         return self._bounce
 
     def _lock_bounce_buffers(self) -> list[torch.Tensor]:
@@ -101,7 +103,7 @@ class Arena:
         """Unlock the memory; the blocks must not be copied from any more."""
         for block in self._registered:
             self._unregister(block)
-        self._registered, self._blocks, self._bounce = [], [], []
+        self._registered, self._blocks, self._bounce = [], [], None
 
 
 def _mapped(nbytes: int) -> torch.Tensor:

@@ -64,11 +64,11 @@ class Streamer:
         layouts = {layer.layout for layer in layers}
         self._views = [{layout: layout.views(buffer) for layout in layouts} for buffer in self._buffers]
         self._schedule = Schedule(len(layers), slots)
-        self._link = open_link(device, slots, arena)
         self._waiting: dict[int, StreamedLayer] = {}
         """By slot: layers that the schedule has put there and that were not sent yet."""
         self._on_disk = {layer.index: layer.slab for layer in layers if isinstance(layer.slab, DiskBlock)}
         self._ring = _open_ring(self._on_disk, arena or Arena(device)) if self._on_disk else None
+        self._link = open_link(device, slots, arena)
         self._present: StreamedLayer | None = None
         self._hooks = [hook for layer in layers for hook in self._attach(layer)]
         self._copy(self._schedule.begin())
