@@ -84,6 +84,10 @@ class _Streamed:
         """Have the weights in a slot."""
         self.streamer.acquire(self.layer)
 
+    def __deepcopy__(self, memo: Any) -> Any:
+        """Itself: a weight that moves has no copy. peft asks for one to look at, making DoRA's norms."""
+        return self
+
 
 class Linear4bit(_Streamed, bnb.nn.Linear4bit):  # type: ignore[misc]
     """bitsandbytes' 4-bit linear whose packed weight may move between forward and backward."""
