@@ -161,13 +161,6 @@ RULES: tuple[Rule, ...] = (
         ("placement",),
     ),
     Rule(
-        "stream_dora",
-        lambda c: c.strategy.engine == "stream" and c.train and c.workload.lora_variant == "dora",
-        "DoRA reads all weights before the first step, and engine stream has them one layer at a time",
-        "--lora-variant lora or rslora",
-        ("placement",),
-    ),
-    Rule(
         "stream_upcast",
         lambda c: c.strategy.engine == "stream" and c.train and c.strategy.upcast_frozen,
         "engine stream keeps frozen weights as they are",

@@ -30,12 +30,6 @@ def rule(machine, workload, strategy, arch=QWEN):
         ("stream_placement", no_card(), INFER, Strategy(engine="stream", placement="cpu")),
         ("stream_full", card("rtx-3090"), FULL, Strategy(engine="stream", placement="mixed_offload")),
         (
-            "stream_dora",
-            card("rtx-3090"),
-            Workload(task="train", method="lora", lora_variant="dora"),
-            Strategy(engine="stream", placement="mixed_offload"),
-        ),
-        (
             "stream_upcast",
             card("rtx-3090"),
             QLORA,
