@@ -229,10 +229,13 @@ class Attempt:
         outcome.engine = {
             "layers_resident": loaded.layers_resident,
             "layers_streamed": loaded.layers_streamed,
+            "layers_on_disk": loaded.layers_on_disk,
             "slots": loaded.slots,
             "pinned_bytes": loaded.pinned_bytes,
             "bytes_streamed": traffic.get("bytes_streamed", 0),
             "link_bytes_per_s": traffic.get("link_bytes_per_s"),
+            "disk_bytes_read": traffic.get("disk_bytes_read", 0),
+            "disk_bytes_per_s": traffic.get("disk_bytes_per_s"),
         }
         outcome.environment = describe(device)
         outcome.moments = dict(self.meter.moments)

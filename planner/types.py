@@ -323,9 +323,14 @@ class RunReport(Struct, frozen=True, kw_only=True):
     workload: Workload
     layers_resident: int
     layers_streamed: int = 0
+    layers_on_disk: int = 0
+    """Of the streamed ones, those that are read from disk for each pass."""
     slots: int = 0
     bytes_streamed: int = 0
     link_bytes_per_s: float | None = None
+    """While the link was at work; so for the disk."""
+    disk_bytes_read: int = 0
+    disk_bytes_per_s: float | None = None
     load_bytes: int | None = None
     allocated_peak_bytes: int | None = None
     reserved_peak_bytes: int | None = None

@@ -13,7 +13,7 @@ from executor.errors import CannotHonour
 from executor.streaming.direct_io import DirectFile, aligned_memory
 from executor.streaming.ring import DiskBlock
 from planner.memory.stream import RING_BUFFERS
-from planner.placement import spread_evenly
+from planner.placement import Tiers
 from planner.units import format_bytes
 
 _HINT = "free some space, or give another --output: the offload folder is made in it"
@@ -24,13 +24,13 @@ def layers_on_disk(
 ) -> frozenset[int]:
     """Which of `total` layers are read from disk in every pass.
 
-    Those that a plan's device map names, if its resident layers are `resident`. Else as many layers stay in
-    RAM as there, spread evenly over those that are streamed, and the rest is on disk.
+    Those that a plan's device map names, if its resident layers are `resident`. Else, with `resident` spread
+    as the planner spreads them, as many layers stay in RAM as there, and the rest is on disk.
 
     >>> sorted(layers_on_disk(4, frozenset({1}), {"l.0": "cpu", "l.1": 0, "l.2": "disk", "l.3": "disk"}))
     [2, 3]
     >>> sorted(layers_on_disk(4, frozenset(), {"l.0": "cpu", "l.1": 0, "l.2": "disk", "l.3": "disk"}))
-    [0, 1, 3]
+    [0, 2, 3]
     """
     numbered = ((name.rsplit(".", 1)[-1], place) for name, place in device_map.items())
     places = {int(number): place for number, place in numbered if number.isdigit()}
@@ -38,9 +38,9 @@ def layers_on_disk(
     on_card = {number for number, place in places.items() if isinstance(place, int)}
     if not named or on_card == resident:
         return named - resident
-    streamed = [layer for layer in range(total) if layer not in resident]
-    in_ram = spread_evenly(sum(place == "cpu" for place in places.values()), len(streamed))
-    return frozenset(layer for at, layer in enumerate(streamed) if at not in in_ram)
+    in_ram = sum(place == "cpu" for place in places.values())
+    again = Tiers(len(resident), max(0, total - len(resident) - in_ram)).places(total)
+    return frozenset(layer for layer, place in enumerate(again) if place == "disk")
 
 
 def ring_bytes(sizes: Iterable[int]) -> int:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import errno
+import json
 import os
 import random
+import re
 import threading
 import time
 from collections.abc import Iterator
@@ -18,6 +20,7 @@ import pytest
 pytest.importorskip("torch")
 
 import torch
+from conftest import make_plan, strategy
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from streaming_models import logits, request, write_model
@@ -25,6 +28,7 @@ from test_streaming_slab_file import asked as packing
 from test_streaming_slab_file import flip, found
 from test_streaming_training import same, train
 
+from executor.cli import main
 from executor.engines import LoadRequest, resident, stream
 from executor.errors import BadWeights, CannotHonour
 from executor.streaming import ring
@@ -33,6 +37,8 @@ from executor.streaming.ring import DiskBlock, Ring
 from executor.streaming.ring_schedule import RingSchedule
 from executor.streaming.schedule import Schedule
 from executor.streaming.slab_file import SlabFile
+from planner.plan import digest_of, read_plan, write_plan
+from planner.types import Workload
 
 pytestmark = pytest.mark.executor
 
@@ -391,6 +397,28 @@ def test_a_slab_file_is_read_in_place_and_checked_as_it_is_read(tmp_path: Path, 
     with pytest.raises(BadWeights, match=said):
         logits(loaded.model)
     loaded.close()
+
+
+def test_command_line(tmp_path: Path, tiny: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The report says how many layers were on disk and how fast they came."""
+    plan = read_plan(
+        make_plan(tmp_path / "plan.json", tiny, Workload(prompt_tokens=8, new_tokens=4), strategy())
+    )
+    places = {"model.layers.0": "cpu", **{f"model.layers.{i}": "disk" for i in (1, 2, 3)}}
+    candidates = (msgspec.structs.replace(plan.candidates[0], device_map=places),)
+    plan = msgspec.structs.replace(plan, candidates=candidates, digest="")
+    write_plan(
+        msgspec.structs.replace(plan, digest=digest_of(msgspec.to_builtins(plan))), tmp_path / "plan.json"
+    )
+    shared = [tmp_path / "plan.json", "--prompt", "hello", "--greedy", "--engine", "stream", "--output"]
+    assert main(["run", *map(str, shared), str(tmp_path / "run")]) == 0
+    said = capsys.readouterr().out
+    assert re.search(r"4 of 4 layers streamed, .* in all at .*/s; 3 of them from disk at .*/s", said)
+    report = json.loads((tmp_path / "run" / "report.json").read_text())
+    assert (report["layers_streamed"], report["layers_on_disk"]) == (4, 3)
+    assert report["disk_bytes_read"] > 0 and report["disk_bytes_per_s"] > 0
+    assert {path.name for path in (tmp_path / "run").iterdir()} >= {"report.json", "outputs.jsonl"}
+    assert not list((tmp_path / "run").rglob("*.slab"))
 
 
 def streamer_of(loaded: Any) -> Any:
