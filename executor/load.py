@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from executor.device import torch_dtype
 from executor.errors import BadWeights, CannotHonour
+from executor.prequantized import take_as_stored
 from executor.random_weights import lazy_state_dict
 from executor.source import ModelSource
 from executor.weights import read_headers
@@ -49,12 +50,13 @@ def load_model(
     """
 
     config = read_config(source, remote_code)
+    stored = take_as_stored(config, strategy)
     common: dict[str, Any] = {
         "config": config,
         "dtype": torch_dtype(strategy.dtype),
         "attn_implementation": attention_for(config, strategy),
         "device_map": device_map,
-        "quantization_config": quantization_config(strategy),
+        "quantization_config": None if stored else quantization_config(strategy),
         "output_loading_info": True,
         "offload_folder": offload_folder,
         "ignore_mismatched_sizes": True,  # they are refused below, by name and file

@@ -96,7 +96,7 @@ def notes(field: Field, strategy: Strategy) -> tuple[str, ...]:
     if longest is not None and tokens > longest:
         lines.append(f"{tokens} tokens are more than the {longest} this model was made for")
     stored = field.arch.pretrained_quantization
-    if stored is not None:
+    if stored is not None and not stored.startswith("bitsandbytes-"):
         lines.append(f"the published checkpoint is stored in {stored}; this needs a copy in {strategy.dtype}")
     return tuple(lines)
 

@@ -15,7 +15,7 @@ from msgspec import Struct
 
 from planner.memory.shapes import numerics
 from planner.rates import capability, has_bf16
-from planner.types import Gpu, Machine, Strategy, Workload
+from planner.types import Gpu, Machine, Quant, Strategy, Workload
 from profiles.data import read_table
 from profiles.hardware import parse_capability
 from profiles.precisions import load_precisions
@@ -132,6 +132,14 @@ def _liger(case: Case) -> bool:
 
 def _not_nvidia(case: Case) -> bool:
     return any(gpu.profile.vendor != "nvidia" for gpu in case.cards)
+
+
+STORED: dict[str | None, Quant] = {"bitsandbytes-nf4": "nf4", "bitsandbytes-int8": "int8"}
+"""Precisions of checkpoints that run as they are stored."""
+
+
+def _by_bitsandbytes(case: Case) -> bool:
+    return (case.arch.pretrained_quantization or "").startswith("bitsandbytes-")
 
 
 def _has_fused_experts(case: Case) -> bool:
@@ -337,6 +345,19 @@ RULES: tuple[Rule, ...] = (
         lambda c: c.strategy.cache == "static" and any(k.attention.kind == "recurrent" for k in c.arch.kinds),
         "layers with a recurrent state have no static cache",
         "--cache dynamic",
+    ),
+    Rule(
+        "stored_precision",
+        lambda c: _by_bitsandbytes(c) and STORED.get(c.arch.pretrained_quantization) != c.strategy.quant,
+        "the checkpoint is quantized already and runs as it is, in NF4 or int8: what it lost stays lost",
+        "--quant with the precision it is stored in, or a checkpoint in 16 bits",
+        ("quant",),
+    ),
+    Rule(
+        "stored_experts",
+        lambda c: _by_bitsandbytes(c) and c.strategy.quant_experts == "nf4",
+        "the checkpoint is quantized already, and its fused experts are not",
+        "--quant-experts none, or a checkpoint in 16 bits",
     ),
     Rule(
         "no_fused_experts",

@@ -16,7 +16,7 @@ from msgspec.structs import replace
 
 from planner.errors import BadOption
 from planner.rates import auto_dtype
-from planner.rules import Case, Rule, broken_rule, lacks_sdpa
+from planner.rules import STORED, Case, Rule, broken_rule, lacks_sdpa
 from planner.types import Dtype, Engine, Machine, Placement, Quant, Rejected, Strategy, Workload
 from profiles.schema import Architecture
 
@@ -125,7 +125,8 @@ def resolve_strategy(
     """
     qlora = workload.task == "train" and workload.method == "qlora"
     placement: Placement = pinned.get("placement") or _default_placement(machine, pinned)
-    quant: Quant = pinned.get("quant") or ("nf4" if qlora else "none")
+    stored = STORED.get(arch.pretrained_quantization)
+    quant: Quant = pinned.get("quant") or stored or ("nf4" if qlora else "none")
     strategy = _base(arch, machine, workload, pinned, placement, quant)
     rule = broken_rule(Case(arch, machine, workload, strategy))
     if rule is not None:

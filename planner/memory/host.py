@@ -20,7 +20,9 @@ _STORED = {"float32": 4, "float16": 2, "bfloat16": 2, "float8_e4m3fn": 1}
 _STORED_BITS = {
     "fp8": 8.1,
     "mxfp4": 4.25,
-    "bitsandbytes": 4.6,
+    "bitsandbytes-nf4": 4.6,
+    "bitsandbytes-fp4": 4.6,
+    "bitsandbytes-int8": 8.3,
     "awq": 4.3,
     "gptq": 4.3,
     "compressed-tensors": 4.5,

@@ -113,6 +113,21 @@ def test_experts_are_quantized_where_they_run_in_common_code():
         assert {s.quant_experts for s in found if s.quant != "nf4"} <= {"none"}
 
 
+@pytest.mark.parametrize(("stored", "other"), [("nf4", "int8"), ("int8", "nf4")])
+def test_a_checkpoint_that_bitsandbytes_quantized_runs_as_it_is(stored, other):
+    arch = replace(QWEN, pretrained_quantization=f"bitsandbytes-{stored}")
+    assert resolve_strategy(arch, card("h200"), INFER, {}).quant == stored
+    assert rule(card("h200"), INFER, Strategy(quant=stored), arch) is None
+    for quant in ("none", other):
+        assert rule(card("h200"), INFER, Strategy(quant=quant), arch) == "stored_precision"
+    found, _ = legal_strategies(arch, card("h200"), INFER)
+    assert {s.quant for s in found} == {stored}
+    experts = Strategy(quant=stored, quant_experts="nf4")
+    assert rule(card("h200"), INFER, experts, arch) == "stored_experts"
+    nowhere = replace(QWEN, pretrained_quantization="bitsandbytes-fp4")
+    assert rule(card("h200"), INFER, Strategy(quant="nf4"), nowhere) == "stored_precision"
+
+
 def test_every_rule_says_why_and_what_would_do():
     assert len({each.name for each in RULES}) == len(RULES)
     for each in RULES:
