@@ -98,12 +98,22 @@ def _pack(options: PackOptions) -> PackReport:
     source = find_weights(model, options.offline, options.trust_remote_code)
     quant = _quant(source, options.quant)
     with ui.stage("starting torch"):
-        import torch
-
-        silence_loaded(options.debug)
-        device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
+        device = _start(options.debug)
     strategy = _strategy(options, quant, device)
     return _run(_job(model.id, source, strategy, device, options))
+
+
+def _start(debug: bool) -> torch.device:
+    """The device that quantizes, once the libraries and the card are ready."""
+    import importlib
+
+    import torch
+
+    importlib.import_module("transformers.modeling_utils")  # else packing would be charged for its memory
+    silence_loaded(debug)
+    device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
+    torch.zeros(1, device=device)
+    return device
 
 
 def _refuse_foreign(output: Path | None) -> None:

@@ -54,7 +54,9 @@ def load(request: LoadRequest) -> Loaded:
                 request.seed,
                 request.remote_code,
             )
-        loaded = _start(request, model, packer, outside, arena, held)
+            # a slab file is still being read
+            tokenizer = load_tokenizer(request.source, request.remote_code)
+        loaded = _start(request, model, tokenizer, packer, outside, arena, held)
         loaded.notes[:0] = _notes(request, model, arena)
         loaded.notes += notes
         loaded.close = held.pop_all().close
@@ -62,7 +64,13 @@ def load(request: LoadRequest) -> Loaded:
 
 
 def _start(
-    request: LoadRequest, model: Any, packer: Any, outside: Any, arena: Any, held: ExitStack
+    request: LoadRequest,
+    model: Any,
+    tokenizer: Any,
+    packer: Any,
+    outside: Any,
+    arena: Any,
+    held: ExitStack,
 ) -> Loaded:
     """What has to end with the run is put on `held`."""
     from executor.streaming.outside import start_head
@@ -72,7 +80,6 @@ def _start(
     layers = packer.layers()
     blocks = outside.serve(model, layers, request.device)
     notes = outside.notes(blocks)
-    tokenizer = load_tokenizer(request.source, request.remote_code)
     if not layers and not blocks:
         return Loaded(
             model=model,

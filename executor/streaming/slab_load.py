@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from itertools import islice
 from typing import Any
 
 import torch
@@ -23,7 +24,7 @@ from executor.streaming.loading import handing_over, refuse_too_many
 from executor.streaming.outside import Outside
 from executor.streaming.residency import Tables, Weight, weights_of
 from executor.streaming.ring import DiskBlock
-from executor.streaming.slab import Layout, Piece
+from executor.streaming.slab import Piece
 from executor.streaming.slab_file import BlockEntry, SlabFile, SlabLayer, WeightEntry
 from executor.streaming.slab_reader import SlabReader
 from executor.streaming.streamer import StreamedLayer
@@ -54,15 +55,21 @@ class SlabLoad:
         self._file = DirectFile(slab.path) if self._on_disk else None
         self._tables = [_table(entry, device) for entry in slab.index.tables]
         self._shared = Tables()
-        self._entries = {
-            weight.name: (block, weight) for block in slab.index.blocks for weight in block.weights
-        }
+        self._layouts = {block.offset: block.layout for block in slab.index.blocks}
+        self._entries = dict(self._weights_in_file())
+        self._elements: dict[tuple[torch.dtype, int], torch.Tensor] = {}
         self._made: dict[str, torch.Tensor] = {}
         self._tied: frozenset[str] = frozenset()
-        self._layouts: dict[int, Layout] = {}
         self._blocks: dict[int, torch.Tensor] = {}
         self._model: Any = None
         self.stack: Stack | None = None
+
+    def _weights_in_file(self) -> Iterator[tuple[str, tuple[WeightEntry, Sequence[Piece]]]]:
+        """Every weight by name, and its pieces."""
+        for block in self._slab.index.blocks:
+            pieces = iter(self._layouts[block.offset].pieces)
+            for weight in block.weights:
+                yield weight.name, (weight, tuple(islice(pieces, weight.pieces)))
 
     @contextmanager
     def loading(self) -> Iterator[None]:
@@ -123,21 +130,22 @@ class SlabLoad:
         """Set the weight `name` to one of its form that holds no values."""
         if self._model is None:
             self._model, self._tied = model, tied_names(model)
-        block, entry = self._entries[name]
+        entry, pieces = self._entries[name]
         # transformers ties two weights that are in a checkpoint if they are equal; had they been, one of
         # them would not be in the file
         value = len(self._made) % 100 if name in self._tied else 0
-        pieces = self._pieces(block, entry)
-        tensors = [torch.full((), value, dtype=p.dtype, device=self._device).expand(p.shape) for p in pieces]
+        tensors = [self._stand_in(piece, value) for piece in pieces]
         module, leaf = owner_of(model, name)
         self._made[name] = make_parameter(entry.form, tensors, self._tables, module)
         set_weight(model, name, self._made[name])
         self._made[name] = getattr(module, leaf)
 
-    def _pieces(self, block: BlockEntry, entry: WeightEntry) -> Sequence[Piece]:
-        layout = self._layouts.setdefault(block.offset, block.layout)
-        first = sum(weight.pieces for weight in block.weights[: block.weights.index(entry)])
-        return layout.pieces[first : first + entry.pieces]
+    def _stand_in(self, piece: Piece, value: int) -> torch.Tensor:
+        """A tensor like `piece` that has one element."""
+        key = (piece.dtype, value)
+        if key not in self._elements:
+            self._elements[key] = torch.full((), value, dtype=piece.dtype, device=self._device)
+        return self._elements[key].expand(piece.shape)
 
     # ----------------------------------------------------------------- once the bytes are there
 
