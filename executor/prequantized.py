@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 from executor.errors import CannotHonour
-from planner.rules import STORED
 from planner.types import Strategy
 from profiles.facts import published_quantization
+from profiles.precisions import STORED
 
 _TORCH_NAMES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
 

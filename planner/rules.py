@@ -15,10 +15,10 @@ from msgspec import Struct
 
 from planner.memory.shapes import numerics
 from planner.rates import capability, has_bf16
-from planner.types import Gpu, Machine, Quant, Strategy, Workload
+from planner.types import Gpu, Machine, Strategy, Workload
 from profiles.data import read_table
 from profiles.hardware import parse_capability
-from profiles.precisions import load_precisions
+from profiles.precisions import STORED, load_precisions
 from profiles.schema import Architecture
 
 _FLASH_ATTENTION_LARGEST_HEAD = 256
@@ -132,10 +132,6 @@ def _liger(case: Case) -> bool:
 
 def _not_nvidia(case: Case) -> bool:
     return any(gpu.profile.vendor != "nvidia" for gpu in case.cards)
-
-
-STORED: dict[str | None, Quant] = {"bitsandbytes-nf4": "nf4", "bitsandbytes-int8": "int8"}
-"""Precisions of checkpoints that run as they are stored."""
 
 
 def _by_bitsandbytes(case: Case) -> bool:

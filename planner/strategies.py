@@ -16,8 +16,9 @@ from msgspec.structs import replace
 
 from planner.errors import BadOption
 from planner.rates import auto_dtype
-from planner.rules import STORED, Case, Rule, broken_rule, lacks_sdpa
+from planner.rules import Case, Rule, broken_rule, lacks_sdpa
 from planner.types import Dtype, Engine, Machine, Placement, Quant, Rejected, Strategy, Workload
+from profiles.precisions import STORED
 from profiles.schema import Architecture
 
 Prefer = Literal["quality", "speed", "headroom"]
