@@ -92,7 +92,7 @@ class Outside:
         """What the report says of it."""
         if not self.names:
             return []
-        text = f"{' and '.join(self.names)} stay in RAM"
+        text = f"kept in RAM: {', '.join(self.names)}"
         return [f"{text}; the output projection comes in {len(blocks)} blocks" if blocks else text]
 
     def _refuse_half_of_a_tie(self, model: Any) -> None:

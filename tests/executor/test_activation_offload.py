@@ -20,6 +20,7 @@ from executor.activation_offload import CheckpointPool, offloading
 from executor.cli import main
 from executor.engines import resident, stream
 from executor.errors import CannotHonour
+from executor.train import keep_unpacked
 from planner.exact.adapters import add_adapters
 from planner.types import Workload
 
@@ -33,6 +34,7 @@ def train(engine: Any, asked: Any, reentrant: bool, away: bool) -> tuple[list[to
     planned for, and an evaluation in between; bytes that left."""
     loaded = engine.load(asked)
     torch.manual_seed(0)
+    keep_unpacked(loaded.model)
     model = add_adapters(loaded.model, asked.workload, asked.candidate.strategy).train()
     model.config.use_cache = False
     draws = torch.Generator().manual_seed(4)

@@ -4,6 +4,7 @@ blocks on the device, bit by bit."""
 from __future__ import annotations
 
 import dataclasses
+import json
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,10 @@ import pytest
 pytest.importorskip("torch")
 
 import torch
+from conftest import digest, make_plan, strategy
 from streaming_models import KINDS, LAYERS, logits, request, write_model
 
+from executor.cli import main
 from executor.engines import LoadRequest, resident, stream
 from executor.errors import CannotHonour
 from executor.losses import chunked_loss
@@ -24,6 +27,8 @@ from executor.train import keep_unpacked
 from planner.exact import chunked_loss as chunks
 from planner.exact import vocabulary
 from planner.exact.adapters import add_adapters
+from planner.plan import digest_of, read_plan, write_plan
+from planner.types import Workload
 
 pytestmark = pytest.mark.executor
 WORDS, BLOCK = 320, 96
@@ -117,8 +122,10 @@ def backward(model: Any, ids: torch.Tensor, loss: str) -> torch.Tensor:
     return total.detach().clone()
 
 
-@pytest.mark.parametrize("loss", ["full", "fused"])
-@pytest.mark.parametrize(("kind", "quant"), [("llama", "nf4"), ("gemma2", "none")])
+@pytest.mark.parametrize(
+    ("kind", "quant", "loss"),
+    [("llama", "nf4", "fused"), ("gemma2", "none", "fused"), ("llama", "none", "full")],
+)
 def test_training(tmp_path: Path, kind: str, quant: str, loss: str) -> None:
     source = write_model(tmp_path, kind)
     asked = request(source, quant, None, task="train")
@@ -180,3 +187,31 @@ def test_ligers_loss_is_refused(tmp_path: Path) -> None:
     asked = request(write_model(tmp_path, "llama"), task="train", kernels="liger")
     with pytest.raises(CannotHonour, match="liger"):
         stream.load(outside(asked, "lm_head"))
+
+
+def test_command_line(tmp_path: Path, tiny: Path) -> None:
+    """A plan that keeps everything in RAM trains the adapter of a resident run, to the byte; the tied table
+    stands there once."""
+    job = Workload(task="train", method="qlora", seq_len=64)
+    plan = make_plan(tmp_path / "plan.json", tiny, job, strategy(quant="nf4", loss="fused"))
+    adapters = {}
+    for engine in ("resident", "stream"):
+        if engine == "stream":
+            plan = _in_ram(plan, *BOTH)
+        folder = tmp_path / engine
+        arguments = [plan, "--dataset", tiny / "data.jsonl", "--max-steps", "3", "--output", folder, "--json"]
+        assert main(["run", *map(str, [*arguments, "--engine", engine])]) == 0
+        adapters[engine] = digest(folder / "adapter" / "adapter_model.safetensors")
+    report = json.loads((tmp_path / "stream" / "report.json").read_text())
+    assert adapters["stream"] == adapters["resident"]
+    said = "kept in RAM: lm_head, model.embed_tokens; the output projection comes in 4 blocks"
+    assert said in report["notes"]
+
+
+def _in_ram(path: Path, *names: str) -> Path:
+    """The plan at `path` with the modules `names` in RAM."""
+    plan = read_plan(path)
+    first = msgspec.structs.replace(plan.candidates[0], device_map={"": "cpu", **dict.fromkeys(names, "cpu")})
+    changed = msgspec.structs.replace(plan, candidates=(first,), digest="")
+    write_plan(msgspec.structs.replace(changed, digest=digest_of(msgspec.to_builtins(changed))), path)
+    return path
