@@ -75,6 +75,7 @@ class Attempt:
         self.source, self.output, self.card, self.stop = source, output, card, stop
         self.meter: MomentMeter | None = None
         self._loaded: Loaded | None = None
+        self._draft_source: ModelSource | None = None
         self._draft: Draft | None = None
         self._outcome: Outcome | None = None
         self._cap: VramCap | None = None
@@ -91,7 +92,7 @@ class Attempt:
         load = find_engine(self.candidate.engine, self.options.resident_layers)
         device = choose_device(self.candidate)
         check_abilities(self.candidate, self.plan.workload, device)
-        draft = find_draft(self.candidate.strategy, self.options)
+        self._draft_source = find_draft(self.candidate.strategy, self.options)
         silence_loaded(self.options.debug)
         outcome = self._outcome = Outcome(self.candidate, device)
         self._open_card(device)
@@ -101,7 +102,7 @@ class Attempt:
         outcome.host_base_bytes = sampler.peak_bytes
         try:
             with ui.watching(gauges):
-                loaded = self._load(load, draft, device, outcome)
+                loaded = self._load(load, device, outcome)
                 self._work(loaded, device, outcome)
         except BaseException:
             if self._loaded is not None:
@@ -147,7 +148,7 @@ class Attempt:
         if self.options.vram_cap_bytes is not None:
             self._cap = VramCap(self.options.vram_cap_bytes, self.card, device)
 
-    def _load(self, load: Any, draft: ModelSource | None, device: torch.device, outcome: Outcome) -> Loaded:
+    def _load(self, load: Any, device: torch.device, outcome: Outcome) -> Loaded:
         import torch
 
         assert self.meter is not None
@@ -170,9 +171,9 @@ class Attempt:
                 )
             )
             self._loaded = loaded
-            if draft is not None:
-                beside = Beside(self.source.config, loaded.tokenizer)
-                self._draft = load_draft(draft, self.candidate.strategy, device, self.options, beside)
+            if self._draft_source is not None:
+                beside, strategy = Beside(self.source.config, loaded.tokenizer), self.candidate.strategy
+                self._draft = load_draft(self._draft_source, strategy, device, self.options, beside)
         outcome.load_seconds = time.monotonic() - began
         outcome.notes += loaded.notes
         self.meter.leave()

@@ -105,6 +105,8 @@ def pairs(candidate: Candidate, report: RunReport) -> dict[str, tuple[float | No
     gpus = candidate.estimate.gpus
     gpu = gpus[0] if own and gpus and report.load_bytes is not None else None
     speed = candidate.speed if own else Speed()
+    if report.speculation is not None:  # how many tokens a pass would give nobody predicts
+        speed = msgspec.structs.replace(speed, decode_tokens_per_s=None)
     ram = candidate.estimate.host.ram_bytes if own else None
     return {
         "load_bytes": (gpu.load_bytes if gpu else None, report.load_bytes),

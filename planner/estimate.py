@@ -14,10 +14,12 @@ from msgspec import Struct
 from msgspec.structs import replace
 
 from planner.attention_kernel import as_it_runs
+from planner.draft import draft_architecture
 from planner.errors import BadOption
 from planner.identity import identity_cache
 from planner.machine import budget, free_ram
 from planner.memory.adapters import adapter_parameters
+from planner.memory.draft import with_draft
 from planner.memory.host import checkpoint_bytes, disk_space, host_memory
 from planner.memory.infer import inference_memory
 from planner.memory.moments import CardMemory
@@ -110,8 +112,8 @@ def estimate(
     host = _host(arch, machine, work, how, gpus, placement, exact)
     disk = _disk(arch, parameters, work, how, placement)
     verdict, reasons = judge(machine, gpus, host, disk, how, work, placement)
-    if how.speculate == "draft" and verdict != "does_not_fit":
-        verdict, reasons = "unknown", ("the draft model's memory is not counted yet", *reasons)
+    if how.speculate == "draft" and verdict != "does_not_fit" and draft_architecture(how.draft) is None:
+        verdict, reasons = "unknown", (f"what the draft model {how.draft} holds is not known", *reasons)
     followed = exact or all(is_followed(layer.attention) for layer in arch.kinds)
     if verdict != "does_not_fit" and not followed:
         verdict, reasons = "unknown", ("what its recurrent layers hold is not modelled yet", *reasons)
@@ -187,8 +189,11 @@ def normal_strategy(how: Strategy, work: Workload) -> Strategy:
 def _memory(arch: Architecture, work: Workload, how: Strategy, gpu: Gpu | None) -> CardMemory:
     workspace = cublas_workspace(gpu.profile) if gpu else 0
     place = replace(how, placement="full_gpu", engine="resident")
-    run = training_memory if work.task == "train" else inference_memory
-    return run(arch, work, place, workspace)
+    if work.task == "train":
+        return training_memory(arch, work, place, workspace)
+    memory = inference_memory(arch, work, place, workspace)
+    draft = draft_architecture(how.draft) if how.speculate == "draft" else None
+    return memory if draft is None else with_draft(memory, draft, work, place)
 
 
 UNCERTAIN_ELSEWHERE = 0.15

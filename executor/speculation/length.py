@@ -8,8 +8,10 @@ which kernels run, so every engine and every run must pick the same ones to comp
 
 from __future__ import annotations
 
-MOST_TOKENS = 63
-"""Longest draft: with the token before it, a pass over 64."""
+from planner.memory.infer import CHECKED_TOKENS
+
+MOST_TOKENS = CHECKED_TOKENS - 1
+"""Longest draft."""
 PASS_GROWTH = 0.1 / MOST_TOKENS
 """What each checked token adds to the cost of a pass, in passes over one token: over 64 streamed tokens, one
 tenth (benchmarks/streaming)."""
