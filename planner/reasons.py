@@ -17,6 +17,7 @@ from planner.rank import (
 )
 from planner.rules import has_sinks, lacks_sdpa
 from planner.strategies import Prefer, departures
+from planner.streaming_reasons import streaming_reasons
 from planner.types import GOOD, Estimate, Machine, Strategy, Workload
 from planner.units import format_bytes, format_gib
 
@@ -29,6 +30,7 @@ def reasons(field: Field, scored: Scored, fastest: float | None) -> tuple[str, .
     if usable(scored, workload, fastest) == 2:
         lines.append(_slow_text(workload))
     lines += [lever.reason for lever in departures(field.machine, workload, strategy)]
+    lines += streaming_reasons(field, strategy, scored.estimate)
     return (*lines, *notes(field, strategy))
 
 
@@ -102,7 +104,7 @@ def notes(field: Field, strategy: Strategy) -> tuple[str, ...]:
 
 
 def _cards_text(cards: int, workload: Workload, strategy: Strategy) -> str:
-    if strategy.engine == "accelerate":
+    if strategy.engine in ("accelerate", "stream"):
         return f"offload uses the first of the {cards} cards"
     if workload.task == "infer":
         return f"layers are split over {cards} cards, which work in turn"

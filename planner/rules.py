@@ -152,9 +152,9 @@ RULES: tuple[Rule, ...] = (
     ),
     Rule(
         "stream_placement",
-        lambda c: c.strategy.engine == "stream" and c.strategy.placement != "mixed_offload",
-        "engine stream keeps layers in RAM and computes on a card: that is placement mixed_offload",
-        "--placement mixed_offload, or another engine",
+        lambda c: c.strategy.engine == "stream" and not c.offloads,
+        "engine stream brings layers to a card from RAM or disk: placement mixed_offload or disk_offload",
+        "--placement mixed_offload or disk_offload, or another engine",
         ("placement",),
     ),
     Rule(
@@ -187,29 +187,14 @@ RULES: tuple[Rule, ...] = (
         "train_offloaded",
         lambda c: c.train and c.offloads and c.strategy.engine == "accelerate",
         "training does not run under accelerate's offload: backward needs weights its hooks have taken away",
-        "--engine stream with --placement mixed_offload, --placement full_gpu on a larger card, or "
-        "--placement cpu",
+        "--engine stream, --placement full_gpu on a larger card, or --placement cpu",
         ("placement",),
     ),
     Rule(
         "offload_quantized",
         lambda c: c.offloads and c.strategy.quant != "none" and c.strategy.engine == "accelerate",
         "under accelerate, offloaded modules stay unquantized, and transformers refuses to mix the two",
-        "--engine stream with --placement mixed_offload, --quant none, or a larger card",
-    ),
-    Rule(
-        "speculation_cache",
-        lambda c: c.strategy.speculate != "none" and c.strategy.cache in ("static", "quantized"),
-        "speculation takes rejected tokens back, which a static or quantized cache cannot do",
-        "--cache dynamic or offloaded, or --speculate none",
-        (),
-    ),
-    Rule(
-        "speculation_batch",
-        lambda c: c.strategy.speculate != "none" and c.workload.sequences > 1,
-        "speculation checks the draft of one sequence: each accepts another number of tokens",
-        "--batch-size 1 and --concurrency 1, or --speculate none",
-        (),
+        "--engine stream, --quant none, or a larger card",
     ),
     Rule(
         "full_quantized",

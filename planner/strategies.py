@@ -24,7 +24,7 @@ from profiles.schema import Architecture
 Prefer = Literal["quality", "speed", "headroom"]
 PLACEMENTS: tuple[Placement, ...] = ("full_gpu", "mixed_offload", "disk_offload", "cpu")
 QUANTS: tuple[Quant, ...] = ("none", "int8", "nf4")
-INFER_SETTINGS = ("cache", "speculate", "draft", "prefill_chunk_tokens")
+INFER_SETTINGS = ("cache", "speculate", "draft")
 TRAIN_SETTINGS = (
     "optimizer",
     "gradient_checkpointing",
@@ -34,11 +34,6 @@ TRAIN_SETTINGS = (
     "kernels",
 )
 """Fields of `Strategy` that mean something to one task only."""
-
-
-LONG_PROMPT_TOKENS = 2048
-"""Longer prompts may go through the model in parts of so many, each of which takes longer to compute than
-streamed weights take to arrive."""
 
 
 class Lever(Struct, frozen=True):
@@ -69,17 +64,23 @@ LEVERS: tuple[Lever, ...] = (
     ),
     Lever(
         "train",
+        {"loss": "fused", "kernels": "torch"},
+        "memory",
+        "fused loss: logits exist for a block of the vocabulary and a chunk of tokens at once",
+    ),
+    Lever(
+        "train",
+        {"activation_offload": True},
+        "memory",
+        "layer inputs wait in RAM between forward and backward",
+    ),
+    Lever(
+        "train",
         {"gradient_checkpointing": False},
         "speed",
         "no checkpointing: the forward pass is not repeated, its activations are kept",
     ),
     Lever("infer", {"cache": "offloaded"}, "memory", "the KV cache waits in RAM while other layers compute"),
-    Lever(
-        "infer",
-        {"prefill_chunk_tokens": LONG_PROMPT_TOKENS},
-        "memory",
-        f"the prompt goes through the model {LONG_PROMPT_TOKENS} tokens at a time",
-    ),
     Lever(
         "infer",
         {"cache": "static"},
@@ -99,14 +100,11 @@ def default_optimizer(machine: Machine, workload: Workload) -> str:
 
 ENGINES: dict[Placement, tuple[Engine, ...]] = {
     "full_gpu": ("resident",),
-    "mixed_offload": ("accelerate",),
-    "disk_offload": ("accelerate",),
+    "mixed_offload": ("stream", "accelerate"),
+    "disk_offload": ("stream", "accelerate"),
     "cpu": ("resident",),
 }
-"""What carries each placement out, the preferred engine first.
-
-Engine stream is taken where it is asked for by name: on a card one comparison of its logits with those of
-engine resident differs (benchmarks/streaming)."""
+"""What carries each placement out, the preferred engine first; the next one where a rule excludes it."""
 
 
 def default_engine(placement: Placement) -> Engine:
@@ -175,6 +173,7 @@ def legal_strategies(
             for strategy in _variants(workload, base, fixed, prefer):
                 if broken_rule(Case(arch, machine, workload, strategy)) is None:
                     legal[strategy] = None
+            break
         if len(broken) == len(engines):  # else one carries it out, and what the other lacks is no matter
             base, rule = broken[0]
             first = first or rule
@@ -227,20 +226,21 @@ def _variants(
     choices: dict[tuple[str, ...], list[dict[str, Any]]] = {}
     for lever in LEVERS:
         wanted = lever.task == workload.task and lever.purpose in purposes
-        if wanted and not lever.settings.keys() & fixed.keys() and not _pointless(lever, base, workload):
+        if wanted and not lever.settings.keys() & fixed.keys() and not _pointless(lever, base):
             choices.setdefault(tuple(lever.settings), [{}]).append(lever.settings)
     for combination in product(*choices.values()):
         settings = {name: value for part in combination for name, value in part.items()}
         yield replace(base, **settings)
 
 
-def _pointless(lever: Lever, base: Strategy, workload: Workload) -> bool:
+def _pointless(lever: Lever, base: Strategy) -> bool:
     """Whether a lever saves nothing over the base: paged state is the smallest, and on a CPU is not paged;
-    experts are quantized with the other weights only."""
-    if "prefill_chunk_tokens" in lever.settings:
-        return workload.prompt_tokens <= LONG_PROMPT_TOKENS
+    experts are quantized with the other weights only. Where weights stream, what else a step holds is worth
+    sending away or making small too."""
     if "quant_experts" in lever.settings:
         return base.quant != "nf4"
+    if "activation_offload" in lever.settings or lever.settings.get("kernels") == "torch":
+        return base.engine != "stream"
     optimizer = str(lever.settings.get("optimizer", ""))
     if not optimizer:
         return False

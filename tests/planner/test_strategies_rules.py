@@ -44,8 +44,6 @@ def rule(machine, workload, strategy, arch=QWEN):
             INFER,
             Strategy(placement="disk_offload", engine="accelerate", quant="nf4"),
         ),
-        ("speculation_cache", card("h200"), INFER, Strategy(speculate="lookup", cache="static")),
-        ("speculation_batch", card("h200"), Workload(batch_size=2), Strategy(speculate="lookup")),
         ("full_quantized", card("h200"), FULL, Strategy(quant="nf4")),
         ("qlora_unquantized", card("h200"), QLORA, Strategy()),
         ("lora_quantized", card("h200"), LORA, Strategy(quant="nf4")),
@@ -177,8 +175,13 @@ def test_what_the_user_fixed_stays_fixed():
     [
         (card("h200"), FULL, {"quant": "nf4"}, "full fine-tuning"),
         (card("h200"), QLORA, {"quant": "none"}, "QLoRA"),
-        (card("h200"), LORA, {"placement": "disk_offload"}, "accelerate's offload"),
-        (card("h200"), INFER, {"quant": "nf4", "placement": "disk_offload"}, "unquantized"),
+        (card("h200"), LORA, {"placement": "disk_offload", "engine": "accelerate"}, "accelerate's offload"),
+        (
+            card("h200"),
+            INFER,
+            {"quant": "nf4", "placement": "disk_offload", "engine": "accelerate"},
+            "unquantized",
+        ),
         (card("h200"), FULL, {"engine": "stream", "placement": "mixed_offload"}, "never back"),
         (no_card(), INFER, {"placement": "full_gpu"}, "no card"),
         (card("h200"), INFER, {"engine": "stream", "placement": "full_gpu"}, "mixed_offload"),
@@ -209,24 +212,35 @@ def test_search_covers_placements_and_precisions():
     legal, rejected = legal_strategies(QWEN, card("rtx-3090", 1, 64), INFER)
     ways = {(each.placement, each.quant) for each in legal}
     assert ways == {
-        ("full_gpu", "none"), ("full_gpu", "int8"), ("full_gpu", "nf4"), ("mixed_offload", "none"),
-        ("disk_offload", "none"), ("cpu", "none"), ("cpu", "int8"), ("cpu", "nf4"),
-    }  # fmt: skip
-    assert {(each.strategy.placement, each.strategy.quant) for each in rejected} == {
-        (placement, quant) for placement in ("mixed_offload", "disk_offload") for quant in ("int8", "nf4")
+        (placement, quant)
+        for placement in ("full_gpu", "mixed_offload", "disk_offload", "cpu")
+        for quant in ("none", "int8", "nf4")
     }
+    assert rejected == []
     engines = {(each.placement, each.engine) for each in legal}
     assert engines == {
-        ("full_gpu", "resident"), ("mixed_offload", "accelerate"), ("disk_offload", "accelerate"),
+        ("full_gpu", "resident"), ("mixed_offload", "stream"), ("disk_offload", "stream"),
         ("cpu", "resident"),
     }  # fmt: skip
 
 
-def test_streaming_is_searched_where_it_is_asked_for():
-    for placement in ({}, {"placement": "mixed_offload"}):
-        legal, _ = legal_strategies(QWEN, card("rtx-3090"), INFER, {"engine": "stream", **placement})
-        assert {(each.placement, each.engine) for each in legal} == {("mixed_offload", "stream")}
+def test_streaming_is_what_offloads_and_accelerate_is_searched_where_it_is_asked_for():
+    for fixed in ({"engine": "stream"}, {"placement": "mixed_offload"}, {"placement": "disk_offload"}):
+        legal, _ = legal_strategies(QWEN, card("rtx-3090"), INFER, fixed)
+        assert {each.engine for each in legal} == {"stream"}
         assert {each.quant for each in legal} == {"none", "int8", "nf4"}
+    for placement in ("mixed_offload", "disk_offload"):
+        fixed = {"engine": "accelerate", "placement": placement}
+        legal, _ = legal_strategies(QWEN, card("rtx-3090"), INFER, fixed)
+        assert {(each.engine, each.quant) for each in legal} == {("accelerate", "none")}
+
+
+def test_what_streams_may_send_away_what_a_step_keeps():
+    legal, _ = legal_strategies(QWEN, card("rtx-3090"), QLORA)
+    for placement, more in (("full_gpu", False), ("mixed_offload", True)):
+        ways = [each for each in legal if each.placement == placement]
+        assert any(each.activation_offload for each in ways) == more
+        assert any((each.loss, each.kernels) == ("fused", "torch") for each in ways) == more
 
 
 def test_a_card_that_is_missing_is_said_once():
