@@ -197,6 +197,20 @@ RULES: tuple[Rule, ...] = (
         "--engine stream, --quant none, or a larger card",
     ),
     Rule(
+        "speculation_cache",
+        lambda c: c.strategy.speculate != "none" and c.strategy.cache in ("static", "quantized"),
+        "speculation takes rejected tokens back, which a static or quantized cache cannot do",
+        "--cache dynamic or offloaded, or --speculate none",
+        (),
+    ),
+    Rule(
+        "speculation_batch",
+        lambda c: c.strategy.speculate != "none" and c.workload.sequences > 1,
+        "speculation checks the draft of one sequence: each accepts another number of tokens",
+        "--batch-size 1 and --concurrency 1, or --speculate none",
+        (),
+    ),
+    Rule(
         "full_quantized",
         lambda c: c.train and c.workload.method == "full" and c.strategy.quant != "none",
         "full fine-tuning cannot change quantized weights",

@@ -24,7 +24,7 @@ from profiles.schema import Architecture
 Prefer = Literal["quality", "speed", "headroom"]
 PLACEMENTS: tuple[Placement, ...] = ("full_gpu", "mixed_offload", "disk_offload", "cpu")
 QUANTS: tuple[Quant, ...] = ("none", "int8", "nf4")
-INFER_SETTINGS = ("cache", "speculate", "draft")
+INFER_SETTINGS = ("cache", "speculate", "draft", "prefill_chunk_tokens")
 TRAIN_SETTINGS = (
     "optimizer",
     "gradient_checkpointing",
@@ -34,6 +34,11 @@ TRAIN_SETTINGS = (
     "kernels",
 )
 """Fields of `Strategy` that mean something to one task only."""
+
+
+LONG_PROMPT_TOKENS = 2048
+"""Longer prompts may go through the model in parts of so many, each of which takes longer to compute than
+streamed weights take to arrive."""
 
 
 class Lever(Struct, frozen=True):
@@ -81,6 +86,12 @@ LEVERS: tuple[Lever, ...] = (
         "no checkpointing: the forward pass is not repeated, its activations are kept",
     ),
     Lever("infer", {"cache": "offloaded"}, "memory", "the KV cache waits in RAM while other layers compute"),
+    Lever(
+        "infer",
+        {"prefill_chunk_tokens": LONG_PROMPT_TOKENS},
+        "memory",
+        f"the prompt goes through the model {LONG_PROMPT_TOKENS} tokens at a time",
+    ),
     Lever(
         "infer",
         {"cache": "static"},
@@ -226,17 +237,19 @@ def _variants(
     choices: dict[tuple[str, ...], list[dict[str, Any]]] = {}
     for lever in LEVERS:
         wanted = lever.task == workload.task and lever.purpose in purposes
-        if wanted and not lever.settings.keys() & fixed.keys() and not _pointless(lever, base):
+        if wanted and not lever.settings.keys() & fixed.keys() and not _pointless(lever, base, workload):
             choices.setdefault(tuple(lever.settings), [{}]).append(lever.settings)
     for combination in product(*choices.values()):
         settings = {name: value for part in combination for name, value in part.items()}
         yield replace(base, **settings)
 
 
-def _pointless(lever: Lever, base: Strategy) -> bool:
+def _pointless(lever: Lever, base: Strategy, workload: Workload) -> bool:
     """Whether a lever saves nothing over the base: paged state is the smallest, and on a CPU is not paged;
     experts are quantized with the other weights only. Where weights stream, what else a step holds is worth
     sending away or making small too."""
+    if "prefill_chunk_tokens" in lever.settings:
+        return workload.prompt_tokens <= LONG_PROMPT_TOKENS
     if "quant_experts" in lever.settings:
         return base.quant != "nf4"
     if "activation_offload" in lever.settings or lever.settings.get("kernels") == "torch":

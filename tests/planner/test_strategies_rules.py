@@ -44,6 +44,8 @@ def rule(machine, workload, strategy, arch=QWEN):
             INFER,
             Strategy(placement="disk_offload", engine="accelerate", quant="nf4"),
         ),
+        ("speculation_cache", card("h200"), INFER, Strategy(speculate="lookup", cache="static")),
+        ("speculation_batch", card("h200"), Workload(batch_size=2), Strategy(speculate="lookup")),
         ("full_quantized", card("h200"), FULL, Strategy(quant="nf4")),
         ("qlora_unquantized", card("h200"), QLORA, Strategy()),
         ("lora_quantized", card("h200"), LORA, Strategy(quant="nf4")),
