@@ -23,7 +23,7 @@ from planner.memory.stream import slabs, streamed_layers
 from profiles.architecture import architecture
 
 pytestmark = pytest.mark.executor
-MIXTURES = ("mixtral", "qwen3_moe", "olmoe", "deepseek_v3", "gpt_oss")
+MIXTURES = ("mixtral", "qwen3_moe", "olmoe", "deepseek_v2", "gpt_oss")
 
 
 def experts_of(model: Any) -> list[Any]:
