@@ -20,6 +20,7 @@ from executor.activation_offload import CheckpointPool, offloading
 from executor.cli import main
 from executor.engines import resident, stream
 from executor.errors import CannotHonour
+from executor.streaming.link import PlainLink
 from executor.train import keep_unpacked
 from planner.exact.adapters import add_adapters
 from planner.types import Workload
@@ -70,6 +71,34 @@ def test_equal_to_checkpoints_on_the_device(
     assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
     # one hidden state a layer, but for those that backward begins with
     assert moved == MOVED * 2 * (8 + 12 + 15) * 64 * 2
+
+
+class LateLink(PlainLink):
+    """Makes a copy when its end is waited for, and not before: as late as a card may."""
+
+    def __init__(self, *_: Any) -> None:
+        super().__init__()
+        self._late: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+
+    def send(self, slab: torch.Tensor, buffer: torch.Tensor, slot: int) -> None:
+        self._late[slot] = (slab, buffer)
+
+    def wait_for(self, slot: int) -> None:
+        if slot in self._late:
+            super().send(*self._late.pop(slot), slot)
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_everything_read_was_waited_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, reentrant: bool
+) -> None:
+    """Of the way there before the way back begins, and of the way back before the layer runs."""
+    asked = request(write_model(tmp_path, "llama"), task="train")
+    want, _ = train(resident, asked, reentrant, away=False)
+    monkeypatch.setattr(activation_offload, "open_link", LateLink)
+    got, moved = train(resident, asked, reentrant, away=True)
+    assert moved == MOVED * 2 * (8 + 12 + 15) * 64 * 2
+    assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
 
 
 def test_no_more_than_two_are_on_the_device_at_once() -> None:
