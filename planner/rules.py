@@ -13,46 +13,15 @@ from functools import cache
 import msgspec
 from msgspec import Struct
 
+from planner.case import Case as Case
 from planner.memory.shapes import numerics
-from planner.rates import capability, has_bf16
-from planner.types import Gpu, Machine, Strategy, Workload
+from planner.rates import has_bf16
+from planner.types import Machine, Strategy, Workload
 from profiles.data import read_table
-from profiles.hardware import parse_capability
 from profiles.precisions import STORED, load_precisions
 from profiles.schema import Architecture
 
 _FLASH_ATTENTION_LARGEST_HEAD = 256
-
-
-class Case(Struct, frozen=True):
-    """A strategy with everything that decides whether it is possible."""
-
-    arch: Architecture
-    machine: Machine
-    workload: Workload
-    strategy: Strategy
-
-    @property
-    def train(self) -> bool:
-        """Whether this is training."""
-        return self.workload.task == "train"
-
-    @property
-    def cards(self) -> tuple[Gpu, ...]:
-        """The cards the job would use: none under placement cpu."""
-        return () if self.strategy.placement == "cpu" else self.machine.gpus
-
-    @property
-    def offloads(self) -> bool:
-        """Whether layers live off the card."""
-        return self.strategy.placement in ("mixed_offload", "disk_offload")
-
-    def weaker_than(self, least: str | None) -> bool:
-        """Whether a card's known compute capability is below `least` (`8.0`)."""
-        wanted = parse_capability(least)
-        if wanted is None:
-            return False
-        return any(known is not None and known < wanted for known in map(capability, self.cards))
 
 
 class Rule(Struct, frozen=True):

@@ -82,16 +82,9 @@ def download_bytes(arch: Architecture, parameters: int) -> int:
 
 
 def disk_space(
-    arch: Architecture,
-    parameters: int,
-    work: Workload,
-    on_disk_bytes: int,
-    checkpoint: int,
-    final: int,
-    packed: int = 0,
+    arch: Architecture, parameters: int, work: Workload, on_disk_bytes: int, checkpoint: int, final: int
 ) -> DiskEstimate:
-    """Everything a job writes, with the download. `packed`: size of the slab file where layers are read
-    from it."""
+    """Everything a job writes, with the download."""
     lines: list[MemoryLine] = [
         line(
             "download",
@@ -101,9 +94,8 @@ def disk_space(
         line(
             "offload folder",
             on_disk_bytes,
-            "experts put together while loading; other layers on disk are read where the checkpoint is",
+            "layers that stream from disk, or experts that accelerate's offload puts together",
         ),
-        line("slab file", packed, "the model as it is streamed; the layers on disk are read from it"),
     ]
     if work.task == "train":
         lines.append(

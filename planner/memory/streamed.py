@@ -212,13 +212,6 @@ def pinned_lines(parts: Parts, tiers: Tiers) -> tuple[MemoryLine, ...]:
     )
 
 
-def slab_file_bytes(arch: Architecture, how: Strategy) -> int:
-    """Size of the file that holds the whole model as it is streamed."""
-    weights = weight_bytes(arch, how.quant, how.quant_experts, how.dtype)
-    rest = weights.embeddings + weights.head + weights.other
-    return sum(slabs(arch, how.quant, how.dtype, how.quant_experts)) + rest
-
-
 # --------------------------------------------------------------------------- what moves
 
 
