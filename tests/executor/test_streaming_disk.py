@@ -36,7 +36,7 @@ from executor.streaming.direct_io import DirectFile, aligned_memory
 from executor.streaming.ring import DiskBlock, Ring
 from executor.streaming.ring_schedule import RingSchedule
 from executor.streaming.schedule import Schedule
-from executor.streaming.slab_file import SlabFile
+from executor.streaming.slab_file import CHECKED_BYTES, SlabFile
 from planner.plan import digest_of, read_plan, write_plan
 from planner.types import Workload
 
@@ -242,6 +242,7 @@ def test_a_read_error_is_raised_where_the_layer_is_asked_for(
 
 
 def test_bytes_are_checked_once(blocks: dict[int, DiskBlock]) -> None:
+    assert ring.STRETCH_BYTES % CHECKED_BYTES == 0, "slab files check whole stretches"
     checked = []
     watched = {
         n: dataclasses.replace(b, check=lambda data, at, n=n: checked.append((n, len(data), at)))  # type: ignore[misc]
@@ -399,8 +400,11 @@ def test_a_slab_file_is_read_in_place_and_checked_as_it_is_read(tmp_path: Path, 
     loaded.close()
 
 
-def test_command_line(tmp_path: Path, tiny: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """The report says how many layers were on disk and how fast they came."""
+def test_command_line(
+    tmp_path: Path, tiny: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The report says how many layers were on disk and how fast they came; a disk that breaks ends the run in
+    one line."""
     plan = read_plan(
         make_plan(tmp_path / "plan.json", tiny, Workload(prompt_tokens=8, new_tokens=4), strategy())
     )
@@ -419,6 +423,17 @@ def test_command_line(tmp_path: Path, tiny: Path, capsys: pytest.CaptureFixture[
     assert report["disk_bytes_read"] > 0 and report["disk_bytes_per_s"] > 0
     assert {path.name for path in (tmp_path / "run").iterdir()} >= {"report.json", "outputs.jsonl"}
     assert not list((tmp_path / "run").rglob("*.slab"))
+
+    def broken(*_: Any) -> int:
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(DirectFile, "read", broken)
+    assert main(["run", *map(str, shared), str(tmp_path / "broken")]) == 2
+    said = capsys.readouterr().err
+    assert "Traceback" not in said
+    (line,) = [line for line in said.splitlines() if line.startswith("error:")]
+    assert line.startswith("error: cannot read streamed layers from ") and line.endswith("Input/output error")
+    assert not (tmp_path / "broken" / "outputs.jsonl").exists() and not list(tmp_path.rglob("*.slab"))
 
 
 def streamer_of(loaded: Any) -> Any:
