@@ -205,6 +205,7 @@ class Attempt:
                     **common,
                     prompts=self.inputs.prompts,
                     draft=self._draft,
+                    facts=self.source.config,
                     after_first_batch=self._look,
                 )
             )

@@ -72,13 +72,13 @@ def make_report(
 
 
 def carried_out(planned: Workload, outcome: Outcome) -> Workload:
-    """The job as it was done: fewer prompts than the planned batch, or another number of new tokens, make it
+    """The job as it was done: batches of another size than planned, or another number of new tokens, make it
     another job than the one that was predicted."""
     generated = outcome.generated
     if generated is None:
         return planned
     done = msgspec.structs.replace(planned, new_tokens=generated.most_new_tokens)
-    if 0 < generated.largest_batch < planned.sequences:
+    if generated.largest_batch not in (0, planned.sequences):
         done = msgspec.structs.replace(done, batch_size=generated.largest_batch, concurrency=1)
     return done
 
