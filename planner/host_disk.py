@@ -78,14 +78,12 @@ def disk_estimate(
     arch: Architecture, parameters: int, work: Workload, how: Strategy, placement: PlacementMap
 ) -> DiskEstimate:
     """Disk of a run. `parameters`: of the model as published."""
-    away = [
-        kind
-        for i, kind in enumerate(arch.order)
-        if placement.device_map.get(f"{arch.layers_path}.{i}") == "disk"
-    ]
-    if how.engine == "stream":
-        written = sum(split(parts_of(arch, how), tiers_of(arch, placement))[1]) if away else 0
-    else:
+    written = 0
+    if placement.layers_on_disk and how.engine == "stream":
+        written = sum(split(parts_of(arch, how), tiers_of(arch, placement))[1])
+    elif placement.layers_on_disk:
+        places = ((kind, f"{arch.layers_path}.{i}") for i, kind in enumerate(arch.order))
+        away = [kind for kind, name in places if placement.device_map.get(name) == "disk"]
         written = assembled_bytes(arch, away, WIDTH[how.dtype])
     state: StateBytes | None = None
     trained = 0

@@ -11,7 +11,7 @@ from __future__ import annotations
 from bisect import bisect_right
 from collections.abc import Callable, Iterator
 
-from planner.memory.streamed import Parts, pinned_lines, residents_by_need
+from planner.memory.streamed import Parts, ladders, pinned_lines
 from planner.placement import Tiers
 from planner.types import Strategy, Workload
 
@@ -51,10 +51,11 @@ def _most_residents(
 
     Need is nearly linear in the bytes that stay: a straight line finds the number in a few steps.
     """
-    order, need = residents_by_need(parts)
+    ladder = ladders(parts)[outside.head_away]
+    need = ladder.need
 
     def at_least(count: int) -> Tiers:
-        return Tiers(order[count], 0, outside.embeddings_away, outside.head_away)
+        return Tiers(ladder.counts[count], 0, outside.embeddings_away, outside.head_away)
 
     low, high = 0, parts.layers + 1
     at_low = high_bytes(at_least(0)) - room

@@ -11,7 +11,7 @@ from msgspec.structs import replace
 from planner.types import Basis, MemoryLine, Moment
 
 
-class Snapshot(Struct, frozen=True):
+class Snapshot(Struct, frozen=True, dict=True):
     """What is alive at one moment. Lines add up to the allocated bytes of that moment."""
 
     moment: Moment
@@ -19,7 +19,7 @@ class Snapshot(Struct, frozen=True):
     largest_block: int = 0
     """Biggest single allocation asked for at that moment: what fragmentation must leave room for."""
 
-    @property
+    @cached_property
     def bytes(self) -> int:
         """Allocated bytes."""
         return sum(line.bytes for line in self.lines)

@@ -185,9 +185,14 @@ def _outside(tiers: Tiers) -> str:
 
 def split(parts: Parts, tiers: Tiers) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """Slab bytes of the streamed layers in RAM and of those on disk, in order."""
-    places = tiers.places(parts.layers)
-    in_ram = tuple(size for size, place in zip(parts.slabs, places, strict=True) if place == "cpu")
-    return in_ram, tuple(size for size, place in zip(parts.slabs, places, strict=True) if place == "disk")
+    return _split(parts.slabs, tiers)
+
+
+@lru_cache(maxsize=4096)
+def _split(sizes: tuple[int, ...], tiers: Tiers) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    placed = tuple(zip(sizes, tiers.places(len(sizes)), strict=True))
+    in_ram = tuple(size for size, place in placed if place == "cpu")
+    return in_ram, tuple(size for size, place in placed if place == "disk")
 
 
 def pinned_lines(parts: Parts, tiers: Tiers) -> tuple[MemoryLine, ...]:
@@ -242,18 +247,36 @@ def _moved(sizes: list[int], places: int, train: bool) -> int:
     return 2 * sum(sizes) - sum(sizes[:places]) - sum(sizes[-places:])
 
 
-@identity_cache
-def residents_by_need(parts: Parts) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """For each number of residents, the number from there on that takes least of the card, and what layers
-    and slots take there beside a model without layers: bytes that never shrink from one to the next.
+class Ladder(Struct, frozen=True):
+    """Numbers of residents in the order of what they take of the card.
 
-    Layers differ in size: of evenly spread ones, one more may be smaller ones.
+    Layers differ in size, so of evenly spread ones, one more may be smaller ones; and slots are no larger
+    than what still passes through them.
     """
+
+    counts: tuple[int, ...]
+    """For each number, the number from there on that takes least."""
+    need: tuple[int, ...]
+    """What layers and slots take at each, beside a model without layers: never less from one to the next."""
+
+
+@identity_cache
+def ladders(parts: Parts) -> tuple[Ladder, Ladder]:
+    """With the output projection on the card, and away."""
+    return _ladder(parts, ()), _ladder(parts, parts.head_blocks)
+
+
+def _ladder(parts: Parts, blocks: tuple[int, ...]) -> Ladder:
     every = parts.away[0].left_bytes
-    need = [every - a.left_bytes + min(SLOTS, a.count) * a.largest_slab for a in parts.away]
+    need = [
+        every
+        - away.left_bytes
+        + min(SLOTS, away.count + len(blocks)) * max(away.largest_slab, *blocks[:1], 0)
+        for away in parts.away
+    ]
 
     def better(low: int, n: int) -> int:
         return n if need[n] < need[low] else low
 
-    order = tuple(accumulate(range(parts.layers, -1, -1), better))[::-1]
-    return order, tuple(need[n] for n in order)
+    counts = tuple(accumulate(range(parts.layers, -1, -1), better))[::-1]
+    return Ladder(counts, tuple(need[n] for n in counts))
