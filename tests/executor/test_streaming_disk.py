@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import errno
+import fcntl
 import json
 import os
 import random
@@ -207,6 +208,40 @@ def test_every_copy_finds_its_bytes(blocks: dict[int, DiskBlock], buffers: int) 
     assert not any(mark.spoiled for mark in marks)
     assert read >= 30 / 5 * sum(SIZES) and seconds > 0
     assert ready > 0 or buffers == 1, "some were there before they were asked for"
+
+
+@pytest.mark.parametrize("when", ["opening", "reading"])
+def test_file_systems_without_direct_reads(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, when: str
+) -> None:
+    """They are read through the page cache."""
+    path, refused = tmp_path / "slabs", []
+    path.write_bytes(bytes(range(5)) * 4096)
+    stock_open, stock_read = os.open, os.preadv
+
+    def refuse(flags: int) -> None:
+        if flags & os.O_DIRECT:
+            refused.append(when)
+            raise OSError(errno.EINVAL, "Invalid argument")
+
+    def opening(name: Any, flags: int, *mode: Any) -> int:
+        if when == "opening":
+            refuse(flags)
+        return stock_open(name, flags, *mode)
+
+    def reading(handle: int, *arguments: Any) -> int:
+        if when == "reading":
+            refuse(fcntl.fcntl(handle, fcntl.F_GETFL))
+        return stock_read(handle, *arguments)
+
+    monkeypatch.setattr(os, "open", opening)
+    monkeypatch.setattr(os, "preadv", reading)
+    with DirectFile(path) as file:
+        opened = Ring({0: DiskBlock(file, 4096, 4 * 4096)}, [aligned_memory(4 * 4096)])
+        opened.expect([0])
+        assert bytes(opened.lend(0).numpy()) == (bytes(range(5)) * 4096)[4096:]
+        opened.close()
+    assert refused
 
 
 class Failing:
