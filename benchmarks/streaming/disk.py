@@ -146,7 +146,7 @@ def measure_accelerate(model: str, folder: Path) -> dict[str, Any]:
     os.sync()
     handles = [os.open(path, os.O_RDONLY) for path in asked.scratch.rglob("*") if path.is_file()]
     size = sum(os.fstat(handle).st_size for handle in handles)
-    steps = decode(loaded.model, 2, lambda: forget(handles), warm=0)
+    steps = decode(loaded.model, 2, lambda: forget(handles), warm=0, counted=False)
     for handle in handles:
         os.close(handle)
     loaded.close()
@@ -159,9 +159,13 @@ def measure_accelerate(model: str, folder: Path) -> dict[str, Any]:
     }
 
 
-def decode(model: Any, passes: int, before: Callable[[], None], warm: int = 2) -> list[float]:
-    """Seconds of each of `passes` decode steps after a prompt and `warm` steps; `before` runs before each
-    pass, outside its time."""
+def decode(
+    model: Any, passes: int, before: Callable[[], None], warm: int = 2, counted: bool = True
+) -> list[float]:
+    """Seconds of each of `passes` decode steps after a prompt and `warm` steps.
+
+    `before` runs before each pass. It is `counted` where reads go on meanwhile.
+    """
     ids = torch.randint(0, 1000, (1, PROMPT_TOKENS), generator=torch.Generator().manual_seed(1)).to(DEVICE)
     seconds = []
     with torch.inference_mode():
@@ -169,8 +173,9 @@ def decode(model: Any, passes: int, before: Callable[[], None], warm: int = 2) -
         step = model(ids, use_cache=True)
         for _ in range(warm + passes):
             _settle()
-            before()
             began = time.perf_counter()
+            before()
+            began = began if counted else time.perf_counter()
             token = step.logits[:, -1:].argmax(-1)
             step = model(token, past_key_values=step.past_key_values, use_cache=True)
             _settle()
