@@ -61,6 +61,7 @@ class Outside:
         table = self._arena.take(values.nbytes).view(values.dtype).view(values.shape)
         table.copy_(values)
         self.hold(weight, table)
+        _free(values)
         return table
 
     def hold(self, weight: nn.Parameter, table: torch.Tensor) -> None:
@@ -124,6 +125,15 @@ def _find(model: Any, name: str) -> Any:
         f"engine stream keeps {name} ({type(module).__name__}) on the card, and the plan places it in RAM",
         "beside layers, embeddings and plain output projections can be there",
     )
+
+
+def _free(values: torch.Tensor) -> None:
+    """Give the memory back at once: the loader names a tensor until it has made the next, and two tables
+    would be on the card together."""
+    storage = values.untyped_storage()
+    if values.is_cuda and storage.nbytes() == values.nbytes:
+        storage.resize_(0)
+        torch.cuda.empty_cache()  # else layers that stay would settle in the block and keep it
 
 
 def _require_room(name: str, needed: int) -> None:

@@ -70,6 +70,27 @@ def test_the_card_holds_slots_and_norms_only(equality: Any) -> None:
     loaded.close()
 
 
+def test_loading_has_one_table_on_the_card_at_a_time(equality: Any) -> None:
+    """Untied, so that there are two of 260 MiB."""
+    import dataclasses
+
+    import torch
+
+    from executor.engines import stream
+    from planner.types import Workload
+
+    asked = equality.request(NAME, "nf4", 0, Workload(task="infer"), equality.OUTSIDE)
+    source = dataclasses.replace(asked.source, config={**asked.source.config, "tie_word_embeddings": False})
+    torch.cuda.empty_cache()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    loaded = stream.load(dataclasses.replace(asked, source=source))
+    words = 151_936 * 896 * 2
+    assert loaded.pinned_bytes > 2 * words
+    assert torch.cuda.max_memory_allocated() - before < 1.2 * words
+    loaded.close()
+
+
 def test_rows_come_in_pieces_and_are_those_of_the_table() -> None:
     import torch
 
