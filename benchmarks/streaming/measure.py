@@ -93,7 +93,7 @@ def link_rate() -> float:
 
 
 def _bytes_of_a_pass(file: Path) -> int:
-    """What decoding one token brings to the card: streamed layers, and the output projection if it streams."""
+    """What decoding one token brings to the card: streamed layers, and a streamed output projection."""
     plan = msgspec.json.decode(file.read_bytes(), type=Plan)
     candidate, arch = plan.candidates[0], architecture(plan.model.config)
     if candidate.engine != "stream":
