@@ -16,7 +16,9 @@ from planner.memory.stream import RING_BUFFERS
 from planner.memory.streamed import Parts, ladders, parts_of, pinned_lines, split, streamed_memory, traffic
 from planner.memory.train import training_memory
 from planner.memory.weights import weight_bytes
-from planner.placement import Tiers, tiers_of
+from planner.placement import Tiers, one_device, tiers_of
+from planner.search import search
+from planner.speed import free_copies_tokens, predict_speed
 from planner.streaming import choose_residents, spread_over_disk
 from planner.survey import Question, smallest_streamed
 from planner.types import Estimate, Machine, Strategy, Workload
@@ -232,6 +234,38 @@ def test_the_smallest_cards_a_70b_streams_through() -> None:
         cards = [load_gpu(name).memory_bytes for name in found[job].cards]
         assert cards == sorted(cards) and len(cards) == 3 and cards[0] <= 8 * GIB
         assert 34 * GIB < found[job].ram_bytes < 45 * GIB and found[job].card_bytes < cards[0]
+
+
+def test_reasons_say_where_layers_are_and_from_where_on_copies_are_free() -> None:
+    def said(work: Workload, vram: float, ram: float = 64) -> str:
+        here = machine(vram, ram)
+        pinned = {"quant": "nf4", "placement": "mixed_offload"}
+        return " ".join(search(load_model("llama-3-70b"), here, work, pinned=pinned).candidates[0].reasons)
+
+    step = said(QLORA, 8)
+    assert "of 80 layers stay on the card" in step and "streaming costs no time: 4,096 tokens a step" in step
+    short = said(Workload(task="train", seq_len=64), 16)
+    assert "copies hide behind the computation from about" in short and "here it is 64" in short
+    answer = said(INFER, 4, 24)
+    assert "are read from disk" in answer and "comes in 32 blocks" in answer and "a pass of up to" in answer
+
+
+def test_free_copies_begin_where_card_and_link_take_equally_long() -> None:
+    name, how = "llama-3-70b", streams(loss="fused", optimizer="paged_adamw_8bit")
+    here, arch = machine(16), known(name)
+    found = chosen(name, 16, how, Workload(task="train", seq_len=1024))
+    tokens = free_copies_tokens(arch, here, Workload(task="train", seq_len=64), how, found.placement)
+    assert tokens is not None
+    for times, free in ((0.7, False), (1.5, True)):
+        work = Workload(task="train", seq_len=64, batch_size=max(1, round(times * tokens / 64)))
+        speeds = [
+            predict_speed(arch, machine(141), work, each, where).train_tokens_per_s.typical
+            for each, where in (
+                (how, found.placement),
+                (Strategy(quant="nf4", loss="fused"), one_device(0, arch)),
+            )
+        ]
+        assert (speeds[0] == speeds[1]) == free
 
 
 def test_a_sweep_over_all_cards_is_quick() -> None:
