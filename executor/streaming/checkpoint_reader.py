@@ -7,6 +7,7 @@ quantizes. A tensor asked for out of turn (experts are) is read when it is asked
 
 from __future__ import annotations
 
+import threading
 from collections import deque
 from collections.abc import Collection, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -20,7 +21,15 @@ import torch
 from executor.errors import BadWeights
 from executor.merge_write import Stored, read_shards
 from executor.source import ModelSource
-from executor.streaming.direct_io import ALIGNMENT, STRETCH_BYTES, THREADS, DirectFile, Staging
+from executor.streaming.direct_io import (
+    ALIGNMENT,
+    STRETCH_BYTES,
+    THREADS,
+    Copied,
+    DirectFile,
+    Staging,
+    copied,
+)
 from executor.streaming.loader_hooks import reading_instead
 
 _DTYPES = {
@@ -41,7 +50,7 @@ def reading_ahead(source: ModelSource, device: torch.device, skip: Collection[st
     `skip`: names that it will not ask for. On the CPU the files are mapped, as ever: what is copied from
     there to a file takes no memory of its own.
     """
-    if source.folder is None or device.type != "cuda":
+    if source.folder is None or _maps(device):
         yield
         return
     reader = CheckpointReader(source.folder, device)
@@ -50,6 +59,10 @@ def reading_ahead(source: ModelSource, device: torch.device, skip: Collection[st
             yield
     finally:
         reader.close()
+
+
+def _maps(device: torch.device) -> bool:
+    return device.type != "cuda"
 
 
 @dataclass(frozen=True)
@@ -71,11 +84,13 @@ class CheckpointReader:
         for shard in read_shards(folder):
             file = self._files[shard.path] = DirectFile(shard.path)
             self._places |= {name: (file, stored) for name, stored in shard.tensors.items()}
-        self._staging = Staging(device, _BUFFERS)
-        self._own = Staging(device, 1)
+        self._staging = Staging(device, _BUFFERS, STRETCH_BYTES)
+        self._own = Staging(device, 1, STRETCH_BYTES)
         self._pool = ThreadPoolExecutor(THREADS, thread_name_prefix="checkpoint-reader")
         self._ahead: deque[tuple[str, list[Future[torch.Tensor]]]] = deque()
-        self._copying: list[tuple[Any, torch.Tensor, Staging]] = []
+        self._to_read: deque[tuple[_Part, Future[torch.Tensor]]] = deque()
+        self._turn, self._ending = threading.Lock(), threading.Lock()
+        self._copying: list[tuple[Copied, torch.Tensor, Staging]] = []
         self._out_of_turn: set[str] = set()
         self._stopped = False
 
@@ -83,8 +98,11 @@ class CheckpointReader:
         """Begin to read; returns an entry that waits for its tensor for each of `unread`."""
         known = {name for name in unread if name in self._places and self._stored(name).dtype in _DTYPES}
         for name in sorted(known.difference(skip), key=_natural):
-            parts = _parts(name, self._stored(name))
-            self._ahead.append((name, [self._pool.submit(self._fetch_ahead, part) for part in parts]))
+            coming = [(part, Future[torch.Tensor]()) for part in _parts(name, self._stored(name))]
+            self._to_read.extend(coming)
+            self._ahead.append((name, [future for _, future in coming]))
+        for _ in range(len(self._to_read)):
+            self._pool.submit(self._fetch_next)
         return {
             name: _Unread(self, name, entry) if name in known else entry for name, entry in unread.items()
         }
@@ -108,36 +126,48 @@ class CheckpointReader:
 
     def _next(self) -> Iterator[torch.Tensor]:
         """Buffers with the parts of the tensor that is next in order."""
-        _, futures = self._ahead.popleft()
-        for future in futures:
-            if not future.done():
+        futures = self._ahead[0][1]
+        while futures:
+            if not futures[0].done():
                 self._release(wait=True)  # its thread may wait for a buffer
-            yield future.result()
+            buffer = futures[0].result()
+            del futures[0]  # what an error leaves is given back by `close`
+            yield buffer
+        self._ahead.popleft()
 
     def _copy(self, part: _Part, buffer: torch.Tensor, flat: torch.Tensor, origin: Staging) -> None:
         start, size = self._stored(part.name).start, len(flat)
         begin, end = max(part.first - start, 0), min(part.last - start, size)
         lead = start + begin - part.first
         flat[begin:end].copy_(buffer[lead : lead + end - begin], non_blocking=True)
-        self._copying.append((torch.cuda.current_stream(self._device).record_event(), buffer, origin))
+        self._copying.append((copied(self._device), buffer, origin))
         self._release(wait=False)
 
     def _release(self, wait: bool) -> None:
         """Give back the buffers whose copies have ended."""
         while self._copying and (wait or self._copying[0][0].query()):
-            copied, buffer, origin = self._copying.pop(0)
-            copied.synchronize()
+            end, buffer, origin = self._copying.pop(0)
+            end.synchronize()
             origin.give(buffer)
 
-    def _fetch_ahead(self, part: _Part) -> torch.Tensor:
-        buffer = self._staging.take()
-        if self._stopped:
-            return buffer
+    def _fetch_next(self) -> None:
+        with self._turn:  # a part gets its buffer before all later ones: the loader waits for the first
+            buffer = self._staging.take()
+            if self._stopped:
+                self._staging.give(buffer)
+                return
+            part, future = self._to_read.popleft()
         try:
-            return self._fetch(part, buffer)
-        except BaseException:
+            self._fetch(part, buffer)
+        except BaseException as error:
             self._staging.give(buffer)
-            raise
+            future.set_exception(error)
+            return
+        with self._ending:
+            if self._stopped:
+                self._staging.give(buffer)
+            else:
+                future.set_result(buffer)
 
     def _fetch(self, part: _Part, buffer: torch.Tensor) -> torch.Tensor:
         file, stored = self._places[part.name]
@@ -151,13 +181,14 @@ class CheckpointReader:
 
     def close(self) -> None:
         """Stop reading and let go of everything."""
-        self._stopped = True
+        with self._ending:
+            self._stopped = True
         self._release(wait=True)
         for _, futures in self._ahead:
             for future in futures:
-                if not future.cancel() and future.exception() is None:
+                if future.done() and future.exception() is None:
                     self._staging.give(future.result())
-        self._pool.shutdown()
+        self._pool.shutdown(cancel_futures=True)
         self._staging.close()
         self._own.close()
         for file in self._files.values():

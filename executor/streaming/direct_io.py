@@ -12,7 +12,7 @@ import os
 import queue
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import Protocol, Self
 
 import torch
 
@@ -109,6 +109,31 @@ class DirectFile:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+
+class Copied(Protocol):
+    """The end of the copies that were asked for before it was made."""
+
+    def query(self) -> bool:
+        """Has it come?"""
+
+    def synchronize(self) -> None:
+        """Wait for it."""
+
+
+class _AtOnce:
+    """Copies within host memory have ended when the call that asks for them returns."""
+
+    def query(self) -> bool:
+        return True
+
+    def synchronize(self) -> None:
+        return
+
+
+def copied(device: torch.device) -> Copied:
+    """The end of the copies between host and `device` that this thread has asked for."""
+    return torch.cuda.current_stream(device).record_event() if device.type == "cuda" else _AtOnce()
 
 
 class Staging:

@@ -12,7 +12,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 
 import torch
 
-from executor.streaming.direct_io import THREADS, DirectFile, Staging
+from executor.streaming.direct_io import THREADS, DirectFile, Staging, copied
 from executor.streaming.slab_file import CHECKED_BYTES, BlockEntry, SlabFile, check_bytes, refuse
 
 Place = Callable[[BlockEntry], torch.Tensor]
@@ -63,7 +63,7 @@ class SlabReader:
             self._read(block, at, stretch)
             with torch.cuda.device(self._device):
                 target.copy_(stretch, non_blocking=True)
-                torch.cuda.current_stream().record_event().synchronize()
+                copied(self._device).synchronize()
         finally:
             self._staging.give(buffer)
 

@@ -19,7 +19,7 @@ import torch
 
 from executor.errors import DirectoryInUse
 from executor.files import flush
-from executor.streaming.direct_io import THREADS, DirectFile, Staging
+from executor.streaming.direct_io import THREADS, Copied, DirectFile, Staging, copied
 from executor.streaming.slab import Layout, lay_out
 from executor.streaming.slab_file import (
     CHECKED_BYTES,
@@ -121,15 +121,13 @@ class SlabWriter:
             at = number * CHECKED_BYTES
             stretch = buffer[: min(CHECKED_BYTES, layout.nbytes - at)]
             _fill(stretch, at, layout, images)
-            copied = _event(self._device) if self._device.type == "cuda" else None
-            self._pool.submit(self._write, pending, number, stretch, buffer, copied)
+            self._pool.submit(self._write, pending, number, stretch, buffer, copied(self._device))
 
     def _write(
-        self, pending: _Pending, number: int, stretch: torch.Tensor, buffer: torch.Tensor, copied: Any
+        self, pending: _Pending, number: int, stretch: torch.Tensor, buffer: torch.Tensor, filled: Copied
     ) -> None:
         try:
-            if copied is not None:
-                copied.synchronize()
+            filled.synchronize()
             if self._failed is None:
                 pending.entry.checksums[number] = digest_of(memoryview(stretch.numpy()))
                 self._file.write(stretch, pending.entry.offset + number * CHECKED_BYTES)
@@ -186,11 +184,6 @@ def _image(tensor: torch.Tensor) -> torch.Tensor:
     if piece.nbytes and tuple(tensor.stride()) == piece.stride:
         return tensor.detach().as_strided((tensor.numel(),), (1,)).view(torch.uint8)
     return tensor.detach().contiguous().view(-1).view(torch.uint8)
-
-
-def _event(device: torch.device) -> torch.cuda.Event:
-    """Of the end of the copies asked for so far."""
-    return torch.cuda.current_stream(device).record_event()
 
 
 def _fill(stretch: torch.Tensor, at: int, layout: Layout, images: Sequence[torch.Tensor]) -> None:

@@ -14,9 +14,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
+pytest.importorskip("torch")
+
+import torch
 from conftest import digest, environment, make_plan, strategy
+from safetensors.torch import load_file
 
 from executor.cli import main
+from executor.errors import BadWeights
+from executor.streaming import checkpoint_reader
 from executor.streaming.slab_file import SlabFile
 from executor.streaming.slab_journal import Journal
 from planner.types import Workload
@@ -166,6 +173,45 @@ def test_disk_full(whole: Path, model: Path, capsys: pytest.CaptureFixture[str])
     assert "cannot write" in error and "packed and kept" in hint and "goes on" in hint
     assert not (model / FILE).exists()
     assert goes_on(model, whole, capsys) > 4096
+
+
+@pytest.mark.parametrize("buffers", [2, 16])
+def test_reading_ahead_makes_the_same_file(
+    whole: Path,
+    model: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    buffers: int,
+) -> None:
+    """As on a card, through buffers smaller than tensors."""
+    monkeypatch.setattr(checkpoint_reader, "_maps", lambda _device: False)
+    monkeypatch.setattr(checkpoint_reader, "_BUFFERS", buffers)
+    monkeypatch.setattr(checkpoint_reader, "STRETCH_BYTES", 8192)
+    goes_on(model, whole, capsys)
+
+
+def test_reading_ahead_in_any_order(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(checkpoint_reader, "_BUFFERS", 3)
+    monkeypatch.setattr(checkpoint_reader, "STRETCH_BYTES", 8192)
+    want = load_file(model / "model.safetensors")
+    names = sorted(want)
+    for order in (names[::-1], names[1::2] + names[::2], names[5:]):
+        reader = checkpoint_reader.CheckpointReader(model, torch.device("cpu"))
+        entries = reader.begin(dict.fromkeys(names), skip={names[3]})
+        assert all(torch.equal(entries[name][...], want[name]) for name in order)
+        reader.close()
+
+
+def test_checkpoint_cut_while_it_is_read(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(checkpoint_reader, "STRETCH_BYTES", 8192)
+    names = sorted(load_file(model / "model.safetensors"))
+    reader = checkpoint_reader.CheckpointReader(model, torch.device("cpu"))
+    os.truncate(model / "model.safetensors", 400_000)
+    entries = reader.begin(dict.fromkeys(names), skip=())
+    with pytest.raises(BadWeights, match="ends early"):
+        for name in names:
+            entries[name][...]
+    reader.close()
 
 
 def test_too_little_room_is_said_before(
