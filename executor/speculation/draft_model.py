@@ -74,7 +74,7 @@ def load_draft(
     Errors: `CannotHonour` where the two have other vocabularies; `BadWeights` as the loader finds them.
     """
     own = load_tokenizer(source, options.trust_remote_code)
-    if beside.tokenizer is not None and own.get_vocab() != beside.tokenizer.get_vocab():
+    if beside.tokenizer is not None and _words(own) != _words(beside.tokenizer):
         raise CannotHonour(
             f"the draft model {strategy.draft} has another vocabulary than the model, so its tokens mean "
             "other text",
@@ -86,6 +86,13 @@ def load_draft(
     parts = (count(loaded_architecture(config)) for config in (source.config, beside.config))
     mine, its = parts
     return Draft(model, mine / its)
+
+
+def _words(tokenizer: Any) -> dict[str, int]:
+    """Tokens of text and their numbers. Added ones (ends of turns, tools) differ within a family of models:
+    where the draft model means another one by a number, the draft is wrong there and nothing else."""
+    added = tokenizer.get_added_vocab()
+    return {word: number for word, number in tokenizer.get_vocab().items() if word not in added}
 
 
 class ModelDrafter:

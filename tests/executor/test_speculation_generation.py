@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,19 +12,22 @@ import pytest
 
 pytest.importorskip("torch")
 
+import msgspec
 import torch
 from conftest import make_plan, strategy
 from streaming_models import request, write_model
 
 from executor.cli import main
-from executor.engines import resident, stream
+from executor.engines import accelerate, resident, stream
 from executor.errors import CannotHonour
 from executor.live_text import LiveText
 from executor.speculation.assisted import SETTINGS, Speculation
 from executor.speculation.draft_model import Draft, ModelDrafter
 from executor.speculation.length import DraftLength
 from executor.speculation.lookup import Lookup
+from planner.placement import Tiers, stream_map
 from planner.types import Workload
+from profiles.architecture import architecture
 
 pytestmark = pytest.mark.executor
 PROMPT = torch.tensor([[5, 6, 7, 8, 9, 5, 6, 7, 8, 9, 5, 6]])
@@ -83,6 +87,20 @@ def test_engines_draft_alike_and_compute_the_same_bits(tmp_path: Path) -> None:
     assert torch.equal(runs[0][0].sequences, runs[1][0].sequences)
     assert all(torch.equal(a, b) for a, b in zip(*(run[0].logits for run in runs), strict=True))
     assert runs[0][1].counts == runs[1][1].counts and runs[0][1].counts.drafted > 0
+    loaded.close()
+
+
+def test_offloaded_by_accelerate(tmp_path: Path) -> None:
+    source = write_model(tmp_path, "llama")
+    facts = json.loads((tmp_path / "config.json").read_text())
+    placed = stream_map(architecture(facts), Tiers(resident=2)).device_map
+    asked = request(source, dtype="fp32", resident=None, placement="mixed_offload", engine="accelerate")
+    candidate = msgspec.structs.replace(asked.candidate, device_map=placed)
+    loaded = accelerate.load(dataclasses.replace(asked, candidate=candidate, scratch=tmp_path / "scratch"))
+    assert loaded.layers_streamed > 0
+    plain = generate(loaded.model)
+    tokens, speculation = guessed(loaded.model, Knowing(plain[0].tolist(), 4))
+    assert torch.equal(tokens, plain) and 0 < speculation.counts.accepted < speculation.counts.drafted
     loaded.close()
 
 
