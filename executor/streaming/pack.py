@@ -66,7 +66,7 @@ def predicted_bytes(source: ModelSource, strategy: Strategy) -> int:
     arch = architecture(source.config)
     beside = weight_bytes(arch, strategy.quant, strategy.quant_experts, strategy.dtype)
     rest = beside.embeddings + beside.head + beside.other
-    return sum(slabs(arch, strategy.quant, strategy.dtype)) + rest
+    return sum(slabs(arch, strategy.quant, strategy.dtype, strategy.quant_experts)) + rest
 
 
 def pack(job: PackJob, shown: bool = True) -> Packed:

@@ -18,6 +18,7 @@ from streaming_models import LAYERS, logits, random_source, request, write_model
 from executor.engines import LoadRequest, stream
 from executor.errors import BadWeights
 from executor.source import ModelSource
+from executor.streaming.pack import predicted_bytes
 from executor.streaming.slab_file import HEADER_BYTES, SlabFile
 
 pytestmark = pytest.mark.executor
@@ -62,6 +63,9 @@ def test_equals_a_load_without(tmp_path: Path, kind: str, quant: str, changes: d
         assert (loaded.layers_resident, loaded.layers_streamed) == (2, LAYERS - 2)
         loaded.close()
     assert not list(tmp_path.glob("*.partial")) and not list(tmp_path.glob("*.journal"))
+    size, slab = predicted_bytes(job.source, job.candidate.strategy), SlabFile.open(found(tmp_path))
+    beside = 8192 * len(slab.others) + 2**16  # each rounded to pages; header and index
+    assert size - 4096 <= slab.nbytes <= size + beside, "what is said before is what comes"
 
 
 def test_nothing_of_the_checkpoint_is_read(packed: ModelSource, monkeypatch: pytest.MonkeyPatch) -> None:
