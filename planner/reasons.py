@@ -30,10 +30,15 @@ def reasons(field: Field, scored: Scored, fastest: float | None) -> tuple[str, .
     if usable(scored, workload, fastest) == 2:
         lines.append(_slow_text(workload))
     lines += [lever.reason for lever in departures(field.machine, workload, strategy)]
+    if workload.task == "infer" and strategy.speculate != "none":
+        lines.append(SPECULATES)
     lines += streaming_reasons(field, strategy, scored.estimate)
     return (*lines, *notes(field, strategy))
 
 
+SPECULATES = (
+    "the speed is the one without speculation: a pass that accepts n drafted tokens gives n + 1 of them"
+)
 _WORTHWHILE = 1.1
 """A gain in predicted speed below this is within the prediction's error."""
 _BOUND = {

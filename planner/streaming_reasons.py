@@ -27,7 +27,7 @@ def streaming_reasons(field: Field, strategy: Strategy, estimate: Estimate) -> l
         lines.append("embeddings stay in RAM: a pass takes only its tokens' rows")
     free = free_copies_tokens(field.arch, field.machine, field.workload, strategy, estimate.placement)
     if free is not None:
-        lines.append(_free_text(free, field))
+        lines.append(_free_text(free, field, strategy))
     return lines
 
 
@@ -42,14 +42,15 @@ def _layers_text(parts: Parts, tiers: Tiers, estimate: Estimate) -> str:
     return f"{', '.join(where)}; a pass brings {moved} to the card"
 
 
-def _free_text(tokens: int, field: Field) -> str:
+def _free_text(tokens: int, field: Field, strategy: Strategy) -> str:
     about = f"{_rounded(tokens):,}"
     if field.workload.task == "train":
         here = field.workload.batch_size * field.workload.seq_len
         if here >= tokens:
             return f"streaming costs no time: {here:,} tokens a step, and from about {about} on copies hide"
         return f"copies hide behind the computation from about {about} tokens a step on; here it is {here:,}"
-    return f"a pass of up to about {about} tokens takes as long as one of a single token"
+    more = "" if strategy.speculate != "none" else ": batches or --speculate lookup give more for it"
+    return f"a pass of up to about {about} tokens takes as long as one of a single token{more}"
 
 
 def _rounded(tokens: int) -> int:

@@ -198,14 +198,16 @@ def _split(sizes: tuple[int, ...], tiers: Tiers) -> tuple[tuple[int, ...], tuple
 def pinned_lines(parts: Parts, tiers: Tiers) -> tuple[MemoryLine, ...]:
     """Page-locked RAM of a run."""
     in_ram, on_disk = split(parts, tiers)
-    buffers = min(RING_BUFFERS, len(on_disk))
+    buffers, largest = min(RING_BUFFERS, len(on_disk)), max(in_ram, default=0)
     tables = _tables_away(parts, tiers)
     gather = GATHER_BYTES if tiers.embeddings_away or (parts.tied and tiers.head_away) else 0
     names = ["embeddings"] * bool(gather) + ["output projection"] * tiers.head_away
     return tuple(
         item
         for item in (
-            line("streamed layers", sum(in_ram), f"{len(in_ram)} blocks, page-locked"),
+            line(
+                "streamed layers", sum(in_ram), f"{len(in_ram)} of up to {format_bytes(largest)}, page-locked"
+            ),
             line(
                 "disk ring",
                 buffers * max(on_disk, default=0),
