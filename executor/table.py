@@ -43,6 +43,10 @@ def show(report: RunReport, candidate: Candidate, folder: Path) -> None:
         console.print(_streamed(report), soft_wrap=True)
     if report.task == "train" and report.losses:
         console.print(f"loss {report.losses[0]:.4f} → {report.losses[-1]:.4f} over {report.steps} steps")
+    guessed = report.speculation
+    if guessed is not None and guessed.tokens_per_pass is not None:
+        drafts = f"{guessed.accepted} of {guessed.drafted} drafted tokens were right"
+        console.print(f"speculation: {guessed.tokens_per_pass:.2f} tokens a pass, {drafts}")
     for line in (*report.skipped, *report.notes):
         console.print(f"[dim]note:[/dim] {escape(line)}", soft_wrap=True)
     for name in ("adapter", "model", "outputs.jsonl", "report.json"):

@@ -249,7 +249,7 @@ def _pointless(lever: Lever, base: Strategy, workload: Workload) -> bool:
     experts are quantized with the other weights only. Where weights stream, what else a step holds is worth
     sending away or making small too."""
     if "prefill_chunk_tokens" in lever.settings:
-        return workload.prompt_tokens <= LONG_PROMPT_TOKENS
+        return base.placement == "cpu" or workload.prompt_tokens <= LONG_PROMPT_TOKENS
     if "quant_experts" in lever.settings:
         return base.quant != "nf4"
     if "activation_offload" in lever.settings or lever.settings.get("kernels") == "torch":

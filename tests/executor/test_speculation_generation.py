@@ -154,7 +154,9 @@ def run(plan: Path, output: Path, *more: Any) -> tuple[list[dict[str, Any]], dic
 
 @pytest.mark.parametrize("engine", ["resident", "stream"])
 @pytest.mark.parametrize("how", [{"speculate": "lookup"}, {"speculate": "draft"}])
-def test_command_line(tmp_path: Path, tiny: Path, engine: str, how: dict[str, Any]) -> None:
+def test_command_line(
+    tmp_path: Path, tiny: Path, engine: str, how: dict[str, Any], capsys: pytest.CaptureFixture[str]
+) -> None:
     plain, without = run(planned(tmp_path, tiny), tmp_path / "plain", "--greedy")
     draft = {"draft": str(tiny)} if how["speculate"] == "draft" else {}
     plan = planned(tmp_path, tiny, batch=2, **how, **draft)
@@ -164,6 +166,8 @@ def test_command_line(tmp_path: Path, tiny: Path, engine: str, how: dict[str, An
     assert 0 < found["accepted"] <= found["drafted"]
     assert found["acceptance_rate"] == found["accepted"] / found["drafted"]
     assert found["tokens_per_pass"] == 1 + found["accepted"] / found["passes"] > 1
+    assert f"{found['accepted']} of {found['drafted']} drafted tokens were right" in capsys.readouterr().out
+    assert report["error"].get("decode_tokens_per_s") is None, "what was predicted is a token a pass"
     assert report["workload"]["batch_size"] == 1
     assert any("one sequence at a time" in note for note in report["notes"])
     if draft:
