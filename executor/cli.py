@@ -161,7 +161,7 @@ def _add_pack(commands: Any) -> None:
         "--output",
         type=Path,
         metavar="FILE",
-        help="the slab file (default: beside the weights; a file elsewhere is linked to from there)",
+        help="the slab file (default: beside the weights; runs find it anywhere)",
     )
     p.add_argument("--offline", action="store_true", help="never use the network")
     _add_remote_code(p)

@@ -181,8 +181,8 @@ def _job(
 
 def _run(job: PackJob) -> PackReport:
     from executor.measure import HostSampler
-    from executor.streaming.pack import link, pack
-    from executor.streaming.slab_places import place_for
+    from executor.streaming.pack import pack
+    from executor.streaming.slab_places import link_to
 
     sampler = HostSampler()
     before = sampler.peak_bytes
@@ -190,9 +190,8 @@ def _run(job: PackJob) -> PackReport:
         done = _reused(job) or pack(job)
     finally:
         peak = sampler.stop()
-    standard = place_for(job.source, job.strategy)
-    if job.path.absolute() != standard.absolute() and not link(standard, job.path):
-        ui.say(f"warning: {standard} could not be made to lead to {job.path}; runs will not find it")
+    if not link_to(job.path, job.source, job.strategy):
+        ui.say(f"warning: Fitwright's data folder cannot be written: runs will not find {job.path}")
     return PackReport(
         schema=PACK_SCHEMA,
         path=str(job.path),

@@ -6,7 +6,6 @@ the file. Host memory holds the writer's and the reader's buffers, never the mod
 
 from __future__ import annotations
 
-import os
 import shutil
 import time
 from contextlib import ExitStack, nullcontext
@@ -134,15 +133,3 @@ def _write(job: PackJob, writer: SlabWriter, steps: ui.Steps | None) -> None:
         place = {"": str(job.device)}
         load_model(job.source, job.strategy, place, job.device, job.seed, job.remote_code)
         packer.finish()
-
-
-def link(standard: Path, target: Path) -> bool:
-    """Let `standard`, where files are looked for, lead to `target`; whether that could be done."""
-    try:
-        standard.parent.mkdir(parents=True, exist_ok=True)
-        temporary = standard.with_name(f".{standard.name}.{os.getpid()}.tmp")
-        os.symlink(target.resolve(), temporary)
-        os.replace(temporary, standard)
-    except OSError:
-        return False
-    return True

@@ -66,6 +66,24 @@ def place_for(source: ModelSource, strategy: Strategy) -> Path:
     )
 
 
+def link_to(path: Path, source: ModelSource, strategy: Strategy) -> bool:
+    """Let runs find the slab file `path`, wherever it is; whether that could be done.
+
+    The link is in the data folder: none that leads out of a model's folder is ever followed.
+    """
+    standard = list(_places(source, strategy))
+    if path.absolute() in (place.absolute() for place in standard):
+        return True
+    temporary = standard[-1].with_name(f".{standard[-1].name}.{os.getpid()}.tmp")
+    try:
+        temporary.parent.mkdir(parents=True, exist_ok=True)
+        os.symlink(path.resolve(), temporary)
+        os.replace(temporary, standard[-1])
+    except OSError:
+        return False
+    return True
+
+
 def _places(source: ModelSource, strategy: Strategy) -> Iterator[Path]:
     precision = "-".join((strategy.quant, strategy.dtype) if strategy.quant != "none" else (strategy.dtype,))
     precision += "-experts" if strategy.quant_experts != "none" else ""

@@ -237,10 +237,15 @@ def test_edited_weights_are_packed_again(model: Path, capsys: pytest.CaptureFixt
 
 
 def test_elsewhere(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    target = tmp_path / "other.slab"
+    """Runs find it, and the model's folder stays as it is."""
+    before, target = sorted(model.iterdir()), tmp_path / "other.slab"
     assert main(["pack", str(model), "-o", str(target)]) == 0
-    assert (model / FILE).resolve() == target
-    assert SlabFile.open(model / FILE).nbytes == target.stat().st_size
+    assert sorted(model.iterdir()) == before
+    plan = make_plan(tmp_path / "plan.json", model, Workload(task="infer"), strategy(quant="nf4"))
+    arguments = [plan, "--engine", "stream", "--prompt", "x", "--max-new-tokens", 1, "--json"]
+    capsys.readouterr()
+    assert main(["run", *map(str, arguments), "--output", str(tmp_path / "run")]) == 0
+    assert any("loaded from slab file" in note for note in json.loads(capsys.readouterr().out)["notes"])
 
 
 @pytest.mark.parametrize(
