@@ -88,6 +88,12 @@ def _wide_heads(case: Case) -> bool:
     return any(layer.attention.head_dim > _FLASH_ATTENTION_LARGEST_HEAD for layer in case.arch.kinds)
 
 
+def keeps_state(arch: Architecture) -> bool:
+    """Whether layers keep a sum of all tokens so far, from which none can be taken away again."""
+    states = [layer.attention.state for layer in arch.kinds if layer.attention.kind == "recurrent"]
+    return any(state is None or state.state_elements for state in states)
+
+
 @cache
 def liger_model_types() -> frozenset[str]:
     """Model types that liger-kernel patches; it leaves the others as they are."""
@@ -170,6 +176,13 @@ RULES: tuple[Rule, ...] = (
         lambda c: c.strategy.speculate != "none" and c.strategy.cache in ("static", "quantized"),
         "speculation takes rejected tokens back, which a static or quantized cache cannot do",
         "--cache dynamic or offloaded, or --speculate none",
+        (),
+    ),
+    Rule(
+        "speculation_state",
+        lambda c: c.strategy.speculate != "none" and keeps_state(c.arch),
+        "speculation takes rejected tokens back, which this model's recurrent layers cannot do",
+        "--speculate none",
         (),
     ),
     Rule(

@@ -83,6 +83,11 @@ def load_draft(
     alone = replace(strategy, speculate="none", draft=None, engine="resident", placement="full_gpu")
     places = {"": str(device)}
     model = load_model(source, alone, places, device, options.seed, options.trust_remote_code)
+    if getattr(model, "_is_stateful", False):
+        raise CannotHonour(
+            f"the draft model {strategy.draft} keeps a state that cannot give rejected drafts back",
+            "name one with attention in all layers, or plan with `--speculate lookup`",
+        )
     parts = (count(loaded_architecture(config)) for config in (source.config, beside.config))
     mine, its = parts
     return Draft(model, mine / its)

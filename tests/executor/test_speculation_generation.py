@@ -232,3 +232,15 @@ def test_words_appear_while_drafts_are_accepted(tiny: Path) -> None:
     guessed(model, Knowing(plain[0].tolist(), 4), streamer=shown)
     text = shown.tokenizer.decode(plain[0, PROMPT.shape[1] :], skip_special_tokens=True)
     assert file.getvalue() == text + "\n"
+
+
+def test_a_draft_model_with_a_state_is_refused(
+    tmp_path: Path, tiny: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from transformers import Qwen2ForCausalLM
+
+    monkeypatch.setattr(Qwen2ForCausalLM, "_is_stateful", True)
+    plan = planned(tmp_path, tiny, speculate="draft", draft=str(tiny))
+    assert main(["run", str(plan), "--prompt", "x", "--output", str(tmp_path / "o")]) == 2
+    said = capsys.readouterr().err
+    assert f"error: the draft model {tiny} keeps a state" in said and "hint: " in said

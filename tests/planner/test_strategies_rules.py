@@ -286,3 +286,11 @@ def test_departures_name_the_levers_in_use():
     # The default of QLoRA is no departure.
     assert departures(machine, QLORA, Strategy(quant="nf4", optimizer="paged_adamw_8bit")) == ()
     assert all(lever.reason for lever in LEVERS)
+
+
+def test_speculation_over_recurrent_layers_is_refused():
+    arch = architecture(load_model("qwen3-next-80b-a3b-instruct").config)
+    assert (
+        rule(card("h200"), INFER, Strategy(speculate="lookup", attention="sdpa"), arch) == "speculation_state"
+    )
+    assert rule(card("h200"), INFER, Strategy(speculate="lookup")) is None
