@@ -38,6 +38,7 @@ def chunked_prefill(model: Any, tokens: int) -> Iterator[None]:
         last = (length - 1) // tokens * tokens
         for start in range(0, last, tokens):
             model(**stock(input_ids[:, start : start + tokens], **_part(kwargs, start, start + tokens)))
+            _settle(kwargs.get("past_key_values"))
         return stock(input_ids, **{**kwargs, "next_sequence_length": length - last})
 
     model.prepare_inputs_for_generation = prepare
@@ -53,6 +54,13 @@ def chunked_prefill(model: Any, tokens: int) -> Iterator[None]:
 def parts(length: int, tokens: int) -> int:
     """Passes over a prompt of `length` tokens."""
     return -(-length // tokens) if tokens else 1
+
+
+def _settle(cache: Any) -> None:
+    """End a pass as assisted generation ends one: layers with a window keep more than it until they are told
+    that nothing will be taken back."""
+    if any(getattr(layer, "record_past", False) for layer in getattr(cache, "layers", ())):
+        cache.crop(0)
 
 
 def _part(kwargs: dict[str, Any], start: int, end: int) -> dict[str, Any]:

@@ -100,6 +100,19 @@ def _words(tokenizer: Any) -> dict[str, int]:
     return {word: number for word, number in tokenizer.get_vocab().items() if word not in added}
 
 
+def _cache_of(model: Any) -> Any:
+    """A cache that can take tokens back. Layers with a window keep what it has left behind, too: those of
+    transformers that can bring it back take one pass at a time, and a draft is several."""
+    from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
+
+    cache = DynamicCache(config=model.config.get_text_config(decoder=True))
+    cache.layers = [
+        DynamicLayer() if type(layer) is DynamicSlidingWindowLayer else layer for layer in cache.layers
+    ]
+    cache.activate_past_recording()
+    return cache
+
+
 class ModelDrafter:
     """Drafts for one growing text; keeps what the draft model knows of it in a cache of its own.
 
@@ -107,12 +120,9 @@ class ModelDrafter:
     """
 
     def __init__(self, draft: Draft, chunk: int = 0) -> None:
-        from transformers import DynamicCache
-
         self._model, self._chunk = draft.model, chunk
         self._rows = draft.model.get_input_embeddings().num_embeddings
-        self._cache = DynamicCache(config=draft.model.config.get_text_config(decoder=True))
-        self._cache.activate_past_recording()  # layers with a window must be able to take tokens back
+        self._cache = _cache_of(draft.model)
         self._cached: list[int] = []
         self._kept = 0
         """How many of the cached tokens are known to be the text's."""

@@ -17,6 +17,9 @@ from streaming_models import request, write_model
 from executor.chunked_prefill import chunked_prefill, parts
 from executor.cli import main
 from executor.engines import resident, stream
+from executor.speculation.assisted import SETTINGS, Speculation
+from executor.speculation.draft_model import Draft, ModelDrafter
+from executor.speculation.length import DraftLength
 from planner.types import Workload
 
 pytestmark = pytest.mark.executor
@@ -57,6 +60,19 @@ def test_logits_are_those_of_one_pass(tmp_path: Path, kind: str) -> None:
     if seen:
         assert seen == [8, 8, 5] + [1] * 5 and parts(21, 8) == 3
     assert "prepare_inputs_for_generation" not in vars(model), "the model is left as it was"
+
+
+def test_drafts_are_checked_after_a_prompt_in_parts(tmp_path: Path) -> None:
+    """Over windows of 8 tokens, whose layers remember more while drafts may be rejected."""
+    model = resident.load(request(write_model(tmp_path, "mistral"), dtype="fp32")).model
+    ids = torch.tensor([[5, 6, 7, 8, 9] * 5])
+    plain = generate(model, ids, torch.ones_like(ids))
+    speculation = Speculation(model, lambda: (ModelDrafter(Draft(model, 0.0), 6), DraftLength()))
+    with torch.no_grad(), chunked_prefill(model, 6), speculation.attached():
+        settings = {"max_new_tokens": 6, "min_new_tokens": 6, "do_sample": False, "pad_token_id": 258}
+        guessed = model.generate(ids, attention_mask=torch.ones_like(ids), **SETTINGS, **settings)
+    assert torch.equal(guessed, plain.sequences)
+    assert speculation.counts.accepted == speculation.counts.drafted > 0
 
 
 def test_streamed_layers_give_the_bits_of_resident_ones(tmp_path: Path) -> None:
