@@ -21,6 +21,7 @@ from executor.options import RunOptions
 from executor.output import OutputDirectory
 from executor.quiet import silence_loaded
 from executor.source import ModelSource
+from executor.speculation.draft_model import Beside, Draft, find_draft, load_draft
 from executor.stopping import StopRequest
 from executor.vram_cap import VramCap
 from planner.types import Candidate, Plan
@@ -74,6 +75,8 @@ class Attempt:
         self.source, self.output, self.card, self.stop = source, output, card, stop
         self.meter: MomentMeter | None = None
         self._loaded: Loaded | None = None
+        self._draft_source: ModelSource | None = None
+        self._draft: Draft | None = None
         self._outcome: Outcome | None = None
         self._cap: VramCap | None = None
         self._process_peak = 0
@@ -89,6 +92,7 @@ class Attempt:
         load = find_engine(self.candidate.engine, self.options.resident_layers)
         device = choose_device(self.candidate)
         check_abilities(self.candidate, self.plan.workload, device)
+        self._draft_source = find_draft(self.candidate.strategy, self.options)
         silence_loaded(self.options.debug)
         outcome = self._outcome = Outcome(self.candidate, device)
         self._open_card(device)
@@ -98,7 +102,7 @@ class Attempt:
         outcome.host_base_bytes = sampler.peak_bytes
         try:
             with ui.watching(gauges):
-                loaded = self._loaded = self._load(load, device, outcome)
+                loaded = self._load(load, device, outcome)
                 self._work(loaded, device, outcome)
         except BaseException:
             if self._loaded is not None:
@@ -128,7 +132,7 @@ class Attempt:
 
     def let_go(self) -> None:
         """Drop the model and everything measured on it."""
-        self._loaded = self._outcome = self._cap = None
+        self._loaded = self._draft = self._outcome = self._cap = None
 
     def _open_card(self, device: torch.device) -> None:
         if device.type != "cuda":
@@ -163,8 +167,13 @@ class Attempt:
                     seed=self.options.seed,
                     remote_code=self.options.trust_remote_code,
                     resident_layers=self.options.resident_layers,
+                    pack=self.options.pack,
                 )
             )
+            self._loaded = loaded
+            if self._draft_source is not None:
+                beside, strategy = Beside(self.source.config, loaded.tokenizer), self.candidate.strategy
+                self._draft = load_draft(self._draft_source, strategy, device, self.options, beside)
         outcome.load_seconds = time.monotonic() - began
         outcome.notes += loaded.notes
         self.meter.leave()
@@ -192,7 +201,13 @@ class Attempt:
             outcome.notes += outcome.trained.notes
         else:
             outcome.generated = generate(
-                Generation(**common, prompts=self.inputs.prompts, after_first_batch=self._look)
+                Generation(
+                    **common,
+                    prompts=self.inputs.prompts,
+                    draft=self._draft,
+                    facts=self.source.config,
+                    after_first_batch=self._look,
+                )
             )
             outcome.notes += outcome.generated.notes
 
@@ -216,10 +231,13 @@ class Attempt:
         outcome.engine = {
             "layers_resident": loaded.layers_resident,
             "layers_streamed": loaded.layers_streamed,
+            "layers_on_disk": loaded.layers_on_disk,
             "slots": loaded.slots,
             "pinned_bytes": loaded.pinned_bytes,
             "bytes_streamed": traffic.get("bytes_streamed", 0),
             "link_bytes_per_s": traffic.get("link_bytes_per_s"),
+            "disk_bytes_read": traffic.get("disk_bytes_read", 0),
+            "disk_bytes_per_s": traffic.get("disk_bytes_per_s"),
         }
         outcome.environment = describe(device)
         outcome.moments = dict(self.meter.moments)

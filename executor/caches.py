@@ -22,7 +22,7 @@ class Caches:
     """Makes the cache of one call after the other, and keeps a static one, with its recorded decode step, for
     all calls of the same batch size.
 
-    `tokens`: the longest prompt and its new tokens. `on_replay`: see `DecodeGraph`. `streamed`: layers come
+    `tokens`: the longest prompt and its new tokens. `on_replay`: see `DecodeGraph`. `streamed`: weights come
     to the card in each pass, which a recorded pass would not make them do.
     """
 
@@ -91,7 +91,7 @@ class Caches:
         cache = StaticCache(config=text, max_cache_len=self._tokens)
         self._why_not = why_not(self._model, self._strategy.quant, self._device)
         if self._streamed:
-            self._why_not = "its layers come to the card in each pass"
+            self._why_not = "its weights come to the card in each pass"
         if self._why_not is not None:
             return cache, None
         return cache, DecodeGraph(self._model, cache, self._tokens, self._recorder(), self._on_replay)

@@ -89,6 +89,7 @@ def parser() -> argparse.ArgumentParser:
     _add_probe(commands)
     _add_report(commands)
     _add_merge(commands)
+    _add_pack(commands)
     quick = commands.add_parser(
         "quickstart",
         help="check, plan and fine-tune a tiny built-in model: no downloads, no GPU needed",
@@ -141,6 +142,34 @@ def _add_merge(commands: Any) -> None:
     p.set_defaults(command=_merge)
 
 
+def _add_pack(commands: Any) -> None:
+    text = "quantize a model once and lay it out in a slab file that engine stream loads at the disk's speed"
+    p = commands.add_parser("pack", help=text, description=text, allow_abbrev=False)
+    p.add_argument("model", metavar="MODEL", help="catalogue id, Hub name, or a folder with the weights")
+    p.add_argument(
+        "--quant", choices=("nf4", "int8", "none"), help="precision (default: the checkpoint's own, else nf4)"
+    )
+    p.add_argument("--quant-experts", choices=("none", "nf4"), default="none", help="of routed experts")
+    p.add_argument(
+        "--dtype",
+        choices=("auto", "bf16", "fp16", "fp32"),
+        default="auto",
+        help="compute dtype (default: bf16 where the card has it)",
+    )
+    p.add_argument(
+        "-o",
+        "--output",
+        type=Path,
+        metavar="FILE",
+        help="the slab file (default: beside the weights; runs find it anywhere)",
+    )
+    p.add_argument("--offline", action="store_true", help="never use the network")
+    _add_remote_code(p)
+    _add_json(p, "the result as JSON")
+    _add_debug(p)
+    p.set_defaults(command=_pack)
+
+
 def _add_json(p: argparse.ArgumentParser, what: str) -> None:
     p.add_argument("--json", action="store_true", help=f"print {what} and nothing else on stdout")
 
@@ -186,6 +215,11 @@ def _add_run_options(p: argparse.ArgumentParser, rehearse: bool) -> None:
         dest="preflight",
         action="store_false",
         help="try even what this machine has no room for now",
+    )
+    p.add_argument(
+        "--pack",
+        action="store_true",
+        help="write a slab file first, where there is none, and load from it (engine stream)",
     )
     p.add_argument("--restart", action="store_true", help="forget an earlier run in DIR and begin again")
     _add_remote_code(p)
@@ -325,6 +359,12 @@ def _merge(args: argparse.Namespace) -> int:
     from executor.merge import merge
 
     return merge(args.run_dir, args.output, args.base, args.trust_remote_code, args.json, args.debug)
+
+
+def _pack(args: argparse.Namespace) -> int:
+    from executor.pack_command import PackOptions, pack_command
+
+    return pack_command(PackOptions(**{k: v for k, v in vars(args).items() if k != "command"}))
 
 
 def _quickstart(args: argparse.Namespace) -> int:

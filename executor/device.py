@@ -71,15 +71,17 @@ def check_abilities(candidate: Candidate, workload: Workload, device: torch.devi
         raise MissingPackage(
             "kernels liger need the package liger-kernel", "pip install 'fitwright[executor]'"
         )
-    if strategy.quant_experts != "none":
+    if strategy.speculate != "none" and strategy.cache in ("static", "quantized"):
         raise CannotHonour(
-            "quantized experts are not built in this engine", "plan with `--quant-experts none`"
+            f"speculation takes rejected tokens back, which a {strategy.cache} cache cannot do",
+            "plan with `--cache dynamic` or `--speculate none`",
         )
-    if strategy.speculate != "none":
-        raise CannotHonour("speculation is not built in this engine", "plan with `--speculate none`")
-    if workload.task == "train" and strategy.activation_offload:
+    if strategy.speculate == "draft" and strategy.draft is None:
+        raise CannotHonour("the candidate drafts with no model", "make the plan again with --draft MODEL")
+    if workload.task == "train" and strategy.activation_offload and not strategy.gradient_checkpointing:
         raise CannotHonour(
-            "activation offload is not built in this engine", "plan without `--activation-offload`"
+            "activation offload moves checkpoints, and checkpointing is off",
+            "plan with `--gradient-checkpointing`",
         )
 
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from executor.device import torch_dtype
 from executor.errors import BadWeights, CannotHonour
+from executor.prequantized import take_as_stored
 from executor.random_weights import lazy_state_dict
 from executor.source import ModelSource
 from executor.weights import read_headers
@@ -49,26 +50,33 @@ def load_model(
     """
 
     config = read_config(source, remote_code)
+    stored = take_as_stored(config, strategy)
     common: dict[str, Any] = {
         "config": config,
         "dtype": torch_dtype(strategy.dtype),
         "attn_implementation": attention_for(config, strategy),
         "device_map": device_map,
-        "quantization_config": quantization_config(strategy),
+        "quantization_config": None if stored else quantization_config(strategy),
         "output_loading_info": True,
         "offload_folder": offload_folder,
         "ignore_mismatched_sizes": True,  # they are refused below, by name and file
     }
-    if source.folder is None:
-        dtype, attention = common["dtype"], common["attn_implementation"]
-        kind, state = lazy_state_dict(config, dtype, device, seed, attention)
-        with whole_errors():
+    packs = strategy.quant_experts != "none"
+    with whole_errors(), _packing_experts() if packs else nullcontext():
+        if source.folder is None:
+            dtype, attention = common["dtype"], common["attn_implementation"]
+            kind, state = lazy_state_dict(config, dtype, device, seed, attention, packs)
             model, info = kind.from_pretrained(None, state_dict=state, **common)
-    else:
-        with whole_errors():
+        else:
             model, info = _from_folder(source, common, remote_code)
     _refuse_incomplete(info, source)
     return model.eval()
+
+
+def _packing_experts() -> AbstractContextManager[None]:
+    from executor.packed_loading import packing_experts  # imports transformers' loader
+
+    return packing_experts()
 
 
 @contextmanager

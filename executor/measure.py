@@ -80,17 +80,13 @@ def watch_training(model: Any, meter: MomentMeter) -> Callable[[], None]:
     return lambda: [handle.remove() for handle in handles] and None
 
 
-def watch_generation(model: Any, meter: MomentMeter) -> Callable[[], None]:
-    """Mark prefill (a pass over several tokens) and decode (a pass over one)."""
+def watch_generation(model: Any, meter: MomentMeter, in_prompt: Callable[[], bool]) -> Callable[[], None]:
+    """Mark prefill (passes over the prompt) and decode (all others); `in_prompt` tells them apart."""
 
-    def begin(_module: Any, args: Any, kwargs: Any) -> None:
-        tokens = kwargs.get("input_ids")
-        if tokens is None:
-            tokens = kwargs.get("inputs_embeds", args[0] if args else None)
-        meter.enter("decode" if tokens is not None and tokens.shape[1] == 1 else "prefill")
+    def begin(*_: Any) -> None:
+        meter.enter("prefill" if in_prompt() else "decode")
 
-    handle = find_decoder(model).register_forward_pre_hook(begin, with_kwargs=True)
-    return handle.remove
+    return find_decoder(model).register_forward_pre_hook(begin).remove  # type: ignore[no-any-return]
 
 
 def find_decoder(model: Any) -> Any:

@@ -24,6 +24,7 @@ NOT_SETTINGS = frozenset(
         "save_steps",
         "vram_cap_bytes",
         "preflight",
+        "pack",
     }
 )
 """Options that change where results go, what is shown or what is tried, but no number that is computed. Any
@@ -48,6 +49,7 @@ class RunOptions:
     trust_remote_code: bool = False
     deterministic: bool = False
     preflight: bool = True
+    pack: bool = False
     json: bool = False
     debug: bool = False
     # inference

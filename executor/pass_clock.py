@@ -1,4 +1,4 @@
-"""Telling prefill from decode in the time that one call of `generate` takes."""
+"""Telling prefill from decode in the passes and the time that one call of `generate` takes."""
 
 from __future__ import annotations
 
@@ -12,17 +12,23 @@ if TYPE_CHECKING:
 
 
 class PassClock:
-    """Seconds of the first forward pass of a `generate` call with its sampling, and of all later ones."""
+    """Seconds of the passes over the prompt of a `generate` call with the sampling after them, and of all
+    later ones."""
 
     def __init__(self, model: Any) -> None:
         self.prefill_seconds = self.decode_seconds = 0.0
-        self._began = self._second = 0.0
-        self._passes = 0
+        self._began = self._decode = 0.0
+        self._passes, self._over_prompt = 0, 1
         self._handle = find_decoder(model).register_forward_pre_hook(self.count)
 
-    def start(self) -> None:
-        """A call of `generate` begins."""
-        self._passes, self._began = 0, time.monotonic()
+    def start(self, over_prompt: int = 1) -> None:
+        """A call of `generate` begins, whose first `over_prompt` passes read the prompt."""
+        self._passes, self._over_prompt, self._began = 0, over_prompt, time.monotonic()
+
+    @property
+    def in_prompt(self) -> bool:
+        """Whether the pass that has begun last is one over the prompt."""
+        return self._passes <= self._over_prompt
 
     def stop(self, device: torch.device) -> None:
         """It has ended."""
@@ -31,14 +37,17 @@ class PassClock:
         if device.type == "cuda":
             torch.cuda.synchronize(device)
         end = time.monotonic()
-        if self._passes < 2:
-            self._second = end
-        self.prefill_seconds, self.decode_seconds = self._second - self._began, end - self._second
+        if self._passes <= self._over_prompt:
+            self._decode = end
+        self.prefill_seconds, self.decode_seconds = self._decode - self._began, end - self._decode
         self._passes = 0
 
     def so_far(self) -> tuple[int, float]:
-        """Passes of the call in work and seconds since the second began; asked by the live view's thread."""
-        return self._passes, time.monotonic() - self._second if self._passes > 1 else 0.0
+        """Decode passes of the call in work and seconds since the first of them began; asked by the live
+        view's thread."""
+        if self.in_prompt:
+            return 0, 0.0
+        return self._passes - self._over_prompt, time.monotonic() - self._decode
 
     def remove(self) -> None:
         """Take the hook away."""
@@ -47,6 +56,6 @@ class PassClock:
     def count(self, *_: Any) -> None:
         """A pass begins. Called by a hook of the model, and before a recorded pass is replayed."""
         self._passes += 1
-        # generate has read the first token back by now, so the card has finished the first pass
-        if self._passes == 2:
-            self._second = time.monotonic()
+        # generate has read the first token back by now, so the card has finished the prompt
+        if self._passes == self._over_prompt + 1:
+            self._decode = time.monotonic()

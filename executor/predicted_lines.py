@@ -9,7 +9,9 @@ from planner.errors import FitwrightError
 from planner.estimate import normal, normal_strategy
 from planner.memory.infer import inference_memory
 from planner.memory.overheads import cublas_workspace
+from planner.memory.streamed import parts_of, streamed_memory
 from planner.memory.train import training_memory
+from planner.placement import tiers_of
 from planner.types import Candidate, GpuEstimate, MemoryLine, Plan
 from profiles.architecture import loaded_architecture
 
@@ -33,13 +35,18 @@ def lines_at(plan: Plan, candidate: Candidate, moment: str) -> dict[str, int]:
 def _recomputed(plan: Plan, candidate: Candidate, gpu: GpuEstimate, moment: str) -> dict[str, int]:
     """By the planner's own model of a run on one card."""
     card = next((card for card in plan.machine.gpus if card.index == gpu.index), None)
-    if card is None or not plan.model.config or candidate.strategy.placement != "full_gpu":
+    streams = candidate.engine == "stream"
+    if card is None or not plan.model.config or not (streams or candidate.strategy.placement == "full_gpu"):
         return {}
     run = training_memory if plan.workload.task == "train" else inference_memory
     try:
         work = normal(plan.workload)
         how = normal_strategy(candidate.strategy, work)
-        memory = run(loaded_architecture(plan.model.config), work, how, cublas_workspace(card.profile))
+        arch = loaded_architecture(plan.model.config)
+        memory = run(arch, work, how, cublas_workspace(card.profile))
+        if streams:
+            tiers = tiers_of(arch, candidate.estimate.placement)
+            memory = streamed_memory(memory, parts_of(arch, how), tiers)
     except (FitwrightError, TypeError, ValueError, KeyError):
         return {}
     shots = [shot for shot in memory.snapshots if shot.moment == moment]

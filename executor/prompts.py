@@ -62,10 +62,10 @@ def encode(texts: Sequence[str], tokenizer: Any) -> Any:
     )
 
 
-def longest(texts: Sequence[str], tokenizer: Any) -> int:
-    """Tokens of the longest text."""
+def lengths(texts: Sequence[str], tokenizer: Any) -> list[int]:
+    """Tokens of each text."""
     rows = tokenizer(list(texts), add_special_tokens=not tokenizer.chat_template)["input_ids"]
-    return max(len(row) for row in rows)
+    return [len(row) for row in rows]
 
 
 def shown(prompt: Prompt) -> str | list[Message]:

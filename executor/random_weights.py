@@ -9,6 +9,7 @@ nothing is written to disk.
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -25,7 +26,7 @@ class LazyTensor:
         self, name: str, shape: tuple[int, ...], dtype: torch.dtype, device: Any, seed: int, std: float
     ) -> None:
         self.name, self.dtype, self.shape = name, dtype, shape
-        self._device, self._std = device, std
+        self._device, self._std, self._given = device, std, seed
         # each tensor has its own seed, so values do not depend on the order or the threads of loading
         digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
         self._seed = int.from_bytes(digest[:7], "big")
@@ -59,12 +60,30 @@ class LazyTensor:
         return self[...].to(*args, **kwargs)
 
 
+class LazyStack(LazyTensor):
+    """A stack of experts that is never whole: it passes through the loader unread, to be packed."""
+
+    def __getitem__(self, index: Any) -> Any:
+        return self
+
+    def to(self, *args: Any, **kwargs: Any) -> Any:
+        """Drawn where and as it is needed already."""
+        return self
+
+    def experts(self) -> Iterator[torch.Tensor]:
+        """The weight of each expert, drawn when its turn comes."""
+        for expert in range(self.shape[0]):
+            name = f"{expert}.{self.name}"
+            yield LazyTensor(name, self.shape[1:], self.dtype, self._device, self._given, self._std)[...]
+
+
 def lazy_state_dict(
-    config: Any, dtype: torch.dtype, device: Any, seed: int, attention: str
+    config: Any, dtype: torch.dtype, device: Any, seed: int, attention: str, pack_experts: bool = False
 ) -> tuple[type[Any], dict[str, LazyTensor]]:
     """The class of the model that `config` describes, and one lazy entry per weight of it, tied weights once.
 
-    Values: norms 1, biases 0, everything else normal with the config's initializer_range.
+    Values: norms 1, biases 0, everything else normal with the config's initializer_range. `pack_experts`:
+    the loader packs stacks of experts, so they are drawn expert by expert.
     """
     import torch
     from transformers import AutoModelForCausalLM
@@ -73,11 +92,21 @@ def lazy_state_dict(
         skeleton = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attention)
     std = float(getattr(config.get_text_config(), "initializer_range", None) or 0.02)
     tied = _tied_names(skeleton, config)
+    stacks = _stacks(skeleton) if pack_experts else set()
     return type(skeleton), {
-        name: LazyTensor(name, tuple(tensor.shape), tensor.dtype, device, seed, std)
+        name: (LazyStack if name in stacks else LazyTensor)(
+            name, tuple(tensor.shape), tensor.dtype, device, seed, std
+        )
         for name, tensor in skeleton.state_dict().items()
         if name not in tied
     }
+
+
+def _stacks(skeleton: Any) -> set[str]:
+    from executor.packed_experts import adopt_experts, is_stack
+
+    adopt_experts(skeleton)
+    return {name for name, _ in skeleton.named_parameters() if is_stack(skeleton, name)}
 
 
 def _tied_names(skeleton: Any, config: Any) -> set[str]:

@@ -41,9 +41,12 @@ def make_report(
         workload=carried_out(plan.workload, outcome),
         layers_resident=engine["layers_resident"],
         layers_streamed=engine["layers_streamed"],
+        layers_on_disk=engine["layers_on_disk"],
         slots=engine["slots"],
         bytes_streamed=engine["bytes_streamed"],
         link_bytes_per_s=engine["link_bytes_per_s"],
+        disk_bytes_read=engine["disk_bytes_read"],
+        disk_bytes_per_s=engine["disk_bytes_per_s"],
         load_bytes=outcome.load_bytes,
         allocated_peak_bytes=outcome.allocated_peak_bytes,
         reserved_peak_bytes=outcome.reserved_peak_bytes,
@@ -56,6 +59,7 @@ def make_report(
         decode_tokens_per_s=generated.decode_tokens_per_s if generated else None,
         prefill_tokens_per_s=generated.prefill_tokens_per_s if generated else None,
         train_tokens_per_s=train_rate(outcome),
+        speculation=generated.speculation if generated else None,
         steps=trained.steps if trained else None,
         resumed_from_step=trained.resumed_from_step if trained else 0,
         losses=tuple(trained.record.losses) if trained else (),
@@ -68,13 +72,13 @@ def make_report(
 
 
 def carried_out(planned: Workload, outcome: Outcome) -> Workload:
-    """The job as it was done: fewer prompts than the planned batch, or another number of new tokens, make it
+    """The job as it was done: batches of another size than planned, or another number of new tokens, make it
     another job than the one that was predicted."""
     generated = outcome.generated
     if generated is None:
         return planned
     done = msgspec.structs.replace(planned, new_tokens=generated.most_new_tokens)
-    if 0 < generated.largest_batch < planned.sequences:
+    if generated.largest_batch not in (0, planned.sequences):
         done = msgspec.structs.replace(done, batch_size=generated.largest_batch, concurrency=1)
     return done
 
@@ -101,6 +105,8 @@ def pairs(candidate: Candidate, report: RunReport) -> dict[str, tuple[float | No
     gpus = candidate.estimate.gpus
     gpu = gpus[0] if own and gpus and report.load_bytes is not None else None
     speed = candidate.speed if own else Speed()
+    if report.speculation is not None:  # how many tokens a pass would give nobody predicts
+        speed = msgspec.structs.replace(speed, decode_tokens_per_s=None)
     ram = candidate.estimate.host.ram_bytes if own else None
     return {
         "load_bytes": (gpu.load_bytes if gpu else None, report.load_bytes),

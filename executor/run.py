@@ -12,7 +12,7 @@ import msgspec
 from executor import ui
 from executor.disk_errors import writing_failed
 from executor.engines import find_engine
-from executor.errors import CannotHonour, DirectoryInUse, FitwrightError, Interrupted
+from executor.errors import BadOption, CannotHonour, DirectoryInUse, FitwrightError, Interrupted
 from executor.inputs import Inputs, read_inputs
 from executor.options import RunOptions
 from executor.output import OutputDirectory
@@ -49,6 +49,8 @@ def _run(options: RunOptions, stop: StopRequest) -> int:
     plan = load_plan(options.plan)
     candidates = tuple(_override(c, options) for c in candidates_to_try(plan, options.candidate))
     find_engine(candidates[0].engine, options.resident_layers)
+    if options.pack and candidates[0].engine != "stream":
+        raise BadOption("--pack is for engine stream", "add --engine stream")
     if options.vram_cap_bytes is not None and candidates[0].strategy.placement == "cpu":
         raise CannotHonour("--vram-cap is for a candidate that runs on a card; this one runs on the CPU")
     inputs = read_inputs(plan.workload, options)

@@ -39,8 +39,14 @@ def show(report: RunReport, candidate: Candidate, folder: Path) -> None:
         print(answer, end="\n\n")
     console.print(_head(report))
     console.print(_table(report, candidate))
+    if report.bytes_streamed:
+        console.print(_streamed(report), soft_wrap=True)
     if report.task == "train" and report.losses:
         console.print(f"loss {report.losses[0]:.4f} → {report.losses[-1]:.4f} over {report.steps} steps")
+    guessed = report.speculation
+    if guessed is not None and guessed.tokens_per_pass is not None:
+        drafts = f"{guessed.accepted} of {guessed.drafted} drafted tokens were right"
+        console.print(f"speculation: {guessed.tokens_per_pass:.2f} tokens a pass, {drafts}")
     for line in (*report.skipped, *report.notes):
         console.print(f"[dim]note:[/dim] {escape(line)}", soft_wrap=True)
     for name in ("adapter", "model", "outputs.jsonl", "report.json"):
@@ -100,6 +106,22 @@ def _head(report: RunReport) -> str:
         f"[bold]{escape(report.model.id)}[/bold]  {job}, {strategy.dtype}, weights {strategy.quant}, "
         f"engine {report.engine}, on {report.environment.get('gpu') or report.device}"
     )
+
+
+def _streamed(report: RunReport) -> str:
+    """Layers that came to the device for each pass, and how fast."""
+    layers = report.layers_resident + report.layers_streamed
+    text = (
+        f"{report.layers_streamed} of {layers} layers streamed, {format_bytes(report.bytes_streamed)} in all"
+    )
+    text += _rate(report.link_bytes_per_s)
+    if report.layers_on_disk:
+        text += f"; {report.layers_on_disk} of them from disk{_rate(report.disk_bytes_per_s)}"
+    return text
+
+
+def _rate(bytes_per_s: float | None) -> str:
+    return "" if bytes_per_s is None else f" at {format_bytes(int(bytes_per_s))}/s"
 
 
 def _table(report: RunReport, candidate: Candidate) -> Any:

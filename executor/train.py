@@ -70,6 +70,7 @@ def train(job: Training) -> Trained:
     with (
         choose_loss(job.strategy, job.device, model, notes),
         _watched(model, job.meter),
+        _checkpoints_away(job, model, notes),
         ui.Steps("training", total, resumed) as steps,
         contextlib.ExitStack() as ending,
     ):
@@ -239,6 +240,22 @@ def _watched(model: Any, meter: MomentMeter) -> Iterator[None]:
         yield
     finally:
         remove()
+
+
+@contextlib.contextmanager
+def _checkpoints_away(job: Training, model: Any, notes: list[str]) -> Iterator[None]:
+    """Layer inputs in host memory where the strategy says so."""
+    if not job.strategy.activation_offload:
+        yield
+        return
+    from executor.activation_offload import offloading
+
+    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    with offloading(inner, job.workload.batch_size * job.workload.seq_len, job.device) as pool:
+        yield
+        job.loaded.pinned_bytes += pool.pinned_bytes
+        if not pool.bytes_moved:
+            notes.append("no checkpoint left the card: the model has no layer whose input could")
 
 
 def _components(model: Any) -> dict[str, int]:

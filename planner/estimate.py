@@ -7,29 +7,31 @@ estimate.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from functools import lru_cache
 
 from msgspec import Struct
 from msgspec.structs import replace
 
 from planner.attention_kernel import as_it_runs
+from planner.draft import draft_architecture
 from planner.errors import BadOption
+from planner.host_disk import disk_estimate, host_estimate
 from planner.identity import identity_cache
-from planner.machine import budget
-from planner.memory.adapters import adapter_parameters
-from planner.memory.host import checkpoint_bytes, disk_space, host_memory
+from planner.machine import budget, free_ram
+from planner.memory.draft import with_draft
+from planner.memory.host import host_memory
 from planner.memory.infer import inference_memory
 from planner.memory.moments import CardMemory
-from planner.memory.offload import assembled_bytes, offloaded_memory, passing_bytes
-from planner.memory.optimizer import OPTIMIZERS, StateBytes
+from planner.memory.offload import offloaded_memory, passing_bytes
+from planner.memory.optimizer import OPTIMIZERS
 from planner.memory.overheads import context, cublas_workspace, slack
 from planner.memory.recurrent import is_followed
-from planner.memory.stream import pinned_bytes, streamed_memory
-from planner.memory.train import optimizer_state, training_memory
-from planner.memory.weights import WIDTH, WeightBytes, weight_bytes
+from planner.memory.streamed import parts_of, streamed_memory
+from planner.memory.train import training_memory
+from planner.memory.weights import WIDTH, weight_bytes
 from planner.placement import (
     Split,
+    Tiers,
     balanced,
     offload_map,
     one_device,
@@ -40,12 +42,11 @@ from planner.placement import (
 )
 from planner.speed import predict_speed
 from planner.strategies import INFER_SETTINGS, TRAIN_SETTINGS
+from planner.streaming import choose_residents, spread_over_disk
 from planner.types import (
-    DiskEstimate,
     Estimate,
     Gpu,
     GpuEstimate,
-    HostEstimate,
     Machine,
     ModelRef,
     PlacementMap,
@@ -53,7 +54,7 @@ from planner.types import (
     Strategy,
     Workload,
 )
-from planner.verdict import judge
+from planner.verdict import RAM_UNCERTAINTY, judge
 from profiles.architecture import loaded_architecture
 from profiles.arithmetic import parameter_count
 from profiles.schema import Architecture, Linear, ModelProfile
@@ -103,11 +104,12 @@ def estimate(
         )
         placement = one_device(0, arch)
     parameters = model.parameters or count(arch)
-    host = _host(arch, machine, work, how, gpus, placement, exact)
-    disk = _disk(arch, parameters, work, how, placement)
+    alone = exact.memory if exact else _memory(arch, work, how, machine.gpus[0] if gpus else None)
+    host = host_estimate(arch, work, how, alone, gpus, placement)
+    disk = disk_estimate(arch, parameters, work, how, placement)
     verdict, reasons = judge(machine, gpus, host, disk, how, work, placement)
-    if how.speculate == "draft" and verdict != "does_not_fit":
-        verdict, reasons = "unknown", ("the draft model's memory is not counted yet", *reasons)
+    if how.speculate == "draft" and verdict != "does_not_fit" and draft_architecture(how.draft) is None:
+        verdict, reasons = "unknown", (f"what the draft model {how.draft} holds is not known", *reasons)
     followed = exact or all(is_followed(layer.attention) for layer in arch.kinds)
     if verdict != "does_not_fit" and not followed:
         verdict, reasons = "unknown", ("what its recurrent layers hold is not modelled yet", *reasons)
@@ -183,8 +185,11 @@ def normal_strategy(how: Strategy, work: Workload) -> Strategy:
 def _memory(arch: Architecture, work: Workload, how: Strategy, gpu: Gpu | None) -> CardMemory:
     workspace = cublas_workspace(gpu.profile) if gpu else 0
     place = replace(how, placement="full_gpu", engine="resident")
-    run = training_memory if work.task == "train" else inference_memory
-    return run(arch, work, place, workspace)
+    if work.task == "train":
+        return training_memory(arch, work, place, workspace)
+    memory = inference_memory(arch, work, place, workspace)
+    draft = draft_architecture(how.draft) if how.speculate == "draft" else None
+    return memory if draft is None else with_draft(memory, draft, work, place)
 
 
 UNCERTAIN_ELSEWHERE = 0.15
@@ -255,19 +260,23 @@ def _offloaded(
 def _streamed(
     arch: Architecture, machine: Machine, work: Workload, how: Strategy
 ) -> tuple[tuple[GpuEstimate, ...], PlacementMap]:
-    """Layer streaming on the first card: as many layers stay as surely fit beside the slots."""
+    """Layer streaming on the first card: as much stays as surely fits beside the slots."""
     gpu = machine.gpus[0]
-    memory = _memory(arch, work, how, gpu)
-
-    def card(resident: int) -> GpuEstimate:
-        return _card(gpu, streamed_memory(memory, arch, how, resident), arch, work, how)
-
+    memory, parts = _memory(arch, work, how, gpu).lean, parts_of(arch, how)
     room = budget(gpu)[0] or 0
-    fits, too_many = 0, arch.layers + 1
-    while too_many - fits > 1:
-        middle = (fits + too_many) // 2
-        fits, too_many = (middle, too_many) if card(middle).high_bytes <= room else (fits, middle)
-    return (card(fits),), stream_map(arch, fits)
+
+    def card(tiers: Tiers) -> GpuEstimate:
+        return _card(gpu, streamed_memory(memory, parts, tiers), arch, work, how)
+
+    tiers = choose_residents(parts, lambda tiers: card(tiers).high_bytes, room, work, how)
+    free = free_ram(machine)
+    most = None
+    if free is not None:
+        beside = host_memory(
+            on_card=True, managed_bytes=memory.managed_bytes, pinned_bytes=memory.host_bytes
+        ).ram_bytes
+        most = int(free / (1 + RAM_UNCERTAINTY)) - beside
+    return (card(tiers),), stream_map(arch, spread_over_disk(parts, tiers, how, most))
 
 
 def _spread(
@@ -300,86 +309,6 @@ def _part(arch: Architecture, start: int, stop: int, first: bool, last: bool) ->
         parameters=arch.parameters if first else (),
         final_norm=arch.final_norm if last else None,
     )
-
-
-# --------------------------------------------------------------------------- host and disk
-
-
-def _host(
-    arch: Architecture,
-    machine: Machine,
-    work: Workload,
-    how: Strategy,
-    gpus: Sequence[GpuEstimate],
-    placement: PlacementMap,
-    exact: Exact | None,
-) -> HostEstimate:
-    weights = weight_bytes(arch, how.quant, how.quant_experts, how.dtype)
-    on_card = bool(gpus)
-    memory = exact.memory if exact else _memory(arch, work, how, machine.gpus[0] if on_card else None)
-    streams = on_card and how.engine == "stream"
-    in_ram = _in_ram(arch, weights, placement) if on_card and not streams else 0
-    saved = weights.total(arch.order) if work.task == "train" and work.method == "full" else 0
-    return host_memory(
-        on_card=on_card,
-        in_ram_bytes=in_ram,
-        managed_bytes=max((gpu.managed_bytes for gpu in gpus), default=0),
-        pinned_bytes=memory.host_bytes if on_card else 0,
-        slab_bytes=pinned_bytes(arch, how, placement.layers_on_gpu) if streams else 0,
-        largest_tensor_bytes=0 if streams else _in_flight(arch, weights, placement, on_card),
-        saved_bytes=saved,
-        run_bytes=0 if on_card else memory.peak.bytes + memory.managed_bytes,
-    )
-
-
-def _in_flight(arch: Architecture, weights: WeightBytes, placement: PlacementMap, on_card: bool) -> int:
-    """The tensor that passes through our RAM while loading.
-
-    safetensors maps the file: what goes to a card comes from the page cache. Experts are put together in RAM;
-    what is written to the offload folder stands there first.
-    """
-    if not on_card:
-        return max(weights.largest_unquantized, weights.embeddings)
-    if not placement.layers_on_disk:
-        return weights.largest_fused if placement.layers_in_ram else 0
-    outer = weights.embeddings if _embedding_place(arch, placement) == "disk" else 0
-    return max(weights.largest_unquantized, weights.largest_fused, outer)
-
-
-def _in_ram(arch: Architecture, weights: WeightBytes, placement: PlacementMap) -> int:
-    """Weight bytes the placement keeps in RAM beside a card."""
-    if placement.device_map.get("") is not None:
-        return 0
-    total = 0
-    for i, kind in enumerate(arch.order):
-        if placement.device_map.get(f"{arch.layers_path}.{i}") == "cpu":
-            total += weights.layers[kind]
-    if _embedding_place(arch, placement) == "cpu":
-        total += weights.embeddings + weights.head
-    return total
-
-
-def _embedding_place(arch: Architecture, placement: PlacementMap) -> int | str | None:
-    return placement.device_map.get(arch.embeddings[0].name.rsplit(".", 1)[0])
-
-
-def _disk(
-    arch: Architecture, parameters: int, work: Workload, how: Strategy, placement: PlacementMap
-) -> DiskEstimate:
-    away = [
-        kind
-        for i, kind in enumerate(arch.order)
-        if placement.device_map.get(f"{arch.layers_path}.{i}") == "disk"
-    ]
-    written = assembled_bytes(arch, away, WIDTH[how.dtype])
-    state: StateBytes | None = None
-    trained = 0
-    if work.task == "train":
-        state = optimizer_state(arch, work, how)
-        trained = parameters if work.method == "full" else adapter_parameters(arch, work)
-    checkpoint = checkpoint_bytes(parameters, trained, work, how, state)
-    width = WIDTH[how.dtype] if work.method == "full" else WIDTH[work.adapter_dtype]
-    return disk_space(arch, parameters, work, written, checkpoint, trained * width)
 
 
 __all__ = ["CALIBRATED_STACK", "architecture_of", "estimate"]

@@ -151,7 +151,16 @@ def _card(card: GpuEstimate, gpu: Gpu | None, terms: Terms) -> CardExplanation:
 
 
 LASTING = frozenset(
-    {"weights", "upcast weights", "adapters", "optimizer state", "library workspace", "inputs and rope"}
+    {
+        "weights",
+        "upcast weights",
+        "slots",
+        "draft model",
+        "adapters",
+        "optimizer state",
+        "library workspace",
+        "inputs and rope",
+    }
 )
 """Lines that are there in every moment of a run."""
 

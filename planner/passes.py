@@ -4,8 +4,8 @@ A pass takes as long as the slowest of the card, the Python that feeds it and th
 (engine stream), plus what comes over the link or from disk while the card waits (accelerate's hooks do not
 overlap the two):
 
-    seconds = max(max(bytes / bandwidth, operations / rate) + small kernels, launches x host, streamed / link)
-              + link + disk
+    seconds = max(max(bytes / bandwidth, operations / rate) + small kernels, launches x host, streamed / link,
+                  read / disk) + link + disk
 
 Rates and efficiencies come from `planner.rates`, counts from `planner.work`.
 """
@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from msgspec import Struct
 
-from planner.memory.stream import SLOTS
+from planner.memory.streamed import Traffic
 from planner.rates import Level, Rates, efficiency
 from planner.types import PlacementMap, Strategy, Workload
 from planner.work import (
@@ -52,6 +52,8 @@ class Job(Struct, frozen=True):
     cores: int
     adapter_parameters: int = 0
     """Trained elements of the job's adapters; 0 for inference and full fine-tuning."""
+    traffic: Traffic = Traffic()
+    """What engine stream moves in a pass, or in forward and backward together."""
 
 
 class Seconds(Struct, frozen=True):
@@ -66,12 +68,18 @@ class Seconds(Struct, frozen=True):
     """Card time that adds to both memory and compute."""
     streamed: float = 0.0
     """Copies over the link under the computation."""
+    read: float = 0.0
+    """Reads from disk under both."""
+
+    @property
+    def card(self) -> float:
+        """What the card alone would take."""
+        return max(self.memory, self.compute) + self.other
 
     @property
     def total(self) -> float:
-        """The pass: card, host and streamed copies side by side, other transfers in turn with all."""
-        card = max(self.memory, self.compute) + self.other
-        return max(card, self.launch, self.streamed) + self.link + self.disk
+        """The pass: card, host, streamed copies and reads side by side, other transfers in turn with all."""
+        return max(self.card, self.launch, self.streamed, self.read) + self.link + self.disk
 
     @property
     def bound(self) -> str:
@@ -81,7 +89,7 @@ class Seconds(Struct, frozen=True):
             "compute": self.compute,
             "launch": self.launch,
             "link": max(self.link, self.streamed),
-            "disk": self.disk,
+            "disk": max(self.disk, self.read),
         }
         return max(parts, key=lambda name: parts[name])
 
@@ -124,7 +132,7 @@ def decode_seconds(job: Job, rates: Rates, level: Level) -> Seconds | None:
         products += _cpu_dequantize(job, level, batch)
     elif recorded:
         small, host = small + overhead, 0.0
-    return Seconds(read + moved, products, host, link, disk, small, streamed)
+    return Seconds(read + moved, products, host, link, disk, small, *streamed)
 
 
 def prefill_seconds(job: Job, rates: Rates, level: Level) -> Seconds | None:
@@ -147,7 +155,7 @@ def prefill_seconds(job: Job, rates: Rates, level: Level) -> Seconds | None:
     if job.on_cpu:
         other, host = other + host, 0.0
     host += efficiency("token_overhead_seconds", level)
-    return Seconds(read, products, host, *fetched, other, streamed)
+    return Seconds(read, products, host, *fetched, other, *streamed)
 
 
 # --------------------------------------------------------------------------- training
@@ -191,7 +199,10 @@ def train_seconds(job: Job, rates: Rates, level: Level) -> Seconds | None:
     link, streamed = _activation_seconds(job, rates, tokens), _streamed_seconds(job, rates, level)
     if link is None or streamed is None:
         return None
-    return Seconds(read, products, host, link, 0.0, other, streamed)
+    copies, reads = streamed
+    if job.strategy.engine == "stream":  # what comes back, comes with the layers; what leaves, beside them
+        link, copies = 0.0, copies + link / 2
+    return Seconds(read, products, host, link, 0.0, other, copies, reads)
 
 
 def _activation_seconds(job: Job, rates: Rates, tokens: int) -> float | None:
@@ -236,18 +247,14 @@ def _cpu_dequantize(job: Job, level: Level, tokens: int) -> float:
     return seconds * (tokens if job.strategy.quant == "int8" else 1)
 
 
-def _streamed_seconds(job: Job, rates: Rates, level: Level) -> float | None:
-    """Copies of engine stream in one pass, or in forward and backward together: at each turn the last layers
-    are still in their slots."""
-    away = job.placement.layers_in_ram if job.strategy.engine == "stream" and not job.on_cpu else 0
-    kept = min(SLOTS, away)
-    copies = 2 * (away - kept) if job.workload.task == "train" else away if away > kept else 0
-    if not copies:
-        return 0.0
+def _streamed_seconds(job: Job, rates: Rates, level: Level) -> tuple[float, float] | None:
+    """Copies over the link and reads from disk of engine stream."""
+    if not job.traffic.link:
+        return 0.0, 0.0
     if rates.link is None:
         return None
-    one_layer = layer_bytes(job.work, job.strategy) / job.work.layers
-    return copies * one_layer / (rates.link * efficiency("streamed_link", level))
+    copies = job.traffic.link / (rates.link * efficiency("streamed_link", level))
+    return copies, job.traffic.disk / rates.direct
 
 
 def _fetch(job: Job, rates: Rates, cache: float) -> tuple[float, float] | None:

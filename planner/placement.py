@@ -8,6 +8,7 @@ whole vocabulary matrix over the link for every token.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 
 from msgspec import Struct
 
@@ -88,7 +89,7 @@ def offload_map(arch: Architecture, split: Split, where: str) -> PlacementMap:
     nothing but "cpu" and "disk" computes on the CPU.
     """
     path = arch.layers_path
-    leaves = {item.name.rsplit(".", 1)[0] for item in arch.embeddings} | {_head(arch)}
+    leaves = {item.name.rsplit(".", 1)[0] for item in arch.embeddings} | {head_name(arch)}
     names: dict[str, int | str] = {
         name: where if split.outer_offloaded and name in leaves else 0 for name in outer_modules(arch)
     }
@@ -102,20 +103,70 @@ def offload_map(arch: Architecture, split: Split, where: str) -> PlacementMap:
     )
 
 
-def stream_map(arch: Architecture, resident: int) -> PlacementMap:
-    """`resident` layers, spread evenly, and all that is no layer on card 0; the other layers on "cpu"."""
-    kept = spread_evenly(resident, arch.layers)
+class Tiers(Struct, frozen=True):
+    """How engine stream spreads a model over card, RAM and disk."""
+
+    resident: int
+    """Layers that stay on the card."""
+    on_disk: int = 0
+    """Of the streamed layers, those that are read from disk for each pass; the others wait in RAM."""
+    embeddings_away: bool = False
+    """The token embeddings stay in RAM: rows of a pass are gathered there."""
+    head_away: bool = False
+    """The output projection comes from RAM in blocks of the vocabulary."""
+
+    def places(self, layers: int) -> tuple[int | str, ...]:
+        """Where each of `layers` layers lives: card 0, "cpu" or "disk".
+
+        Layers on disk are spread over the streamed ones, so that the disk works while the link does.
+        """
+        return _places(self.resident, self.on_disk, layers)
+
+
+@lru_cache(maxsize=4096)
+def _places(resident: int, on_disk: int, layers: int) -> tuple[int | str, ...]:
+    kept = spread_evenly(resident, layers)
+    away = [index for index in range(layers) if index not in kept]
+    read = {away[k] for k in spread_evenly(on_disk, len(away))}
+    return tuple(0 if i in kept else "disk" if i in read else "cpu" for i in range(layers))
+
+
+def stream_map(arch: Architecture, tiers: Tiers) -> PlacementMap:
+    """Residents and all that is no layer on card 0; the rest where `tiers` has it."""
     names: dict[str, int | str] = dict.fromkeys(outer_modules(arch), 0)
-    layers: dict[str, int | str] = {
-        f"{arch.layers_path}.{i}": 0 if i in kept else "cpu" for i in range(arch.layers)
-    }
-    away = arch.layers - len(kept)
-    return PlacementMap(device_map={**names, **layers}, layers_on_gpu=len(kept), layers_in_ram=away)
+    if tiers.embeddings_away:
+        names[token_embedding(arch)] = "cpu"
+    if tiers.head_away:
+        names[head_name(arch)] = "cpu"
+    places = tiers.places(arch.layers)
+    layers = {f"{arch.layers_path}.{i}": place for i, place in enumerate(places)}
+    on_disk = places.count("disk")
+    return PlacementMap(
+        device_map={**names, **layers},
+        layers_on_gpu=places.count(0),
+        layers_in_ram=arch.layers - places.count(0) - on_disk,
+        layers_on_disk=on_disk,
+    )
+
+
+def tiers_of(arch: Architecture, placement: PlacementMap) -> Tiers:
+    """The tiers behind a map of `stream_map`."""
+    return Tiers(
+        placement.layers_on_gpu,
+        placement.layers_on_disk,
+        placement.device_map.get(token_embedding(arch)) == "cpu",
+        placement.device_map.get(head_name(arch)) == "cpu",
+    )
+
+
+def token_embedding(arch: Architecture) -> str:
+    """Name of the module that holds the token embeddings."""
+    return arch.embeddings[0].name.rsplit(".", 1)[0]
 
 
 def several_cards(arch: Architecture, counts: Sequence[int]) -> PlacementMap:
     """Consecutive layers over cards: embeddings with the first, norm and head with the last."""
-    ending = {_head(arch), arch.final_norm.name if arch.final_norm else ""}
+    ending = {head_name(arch), arch.final_norm.name if arch.final_norm else ""}
     names: dict[str, int | str] = {
         name: len(counts) - 1 if name in ending else 0 for name in outer_modules(arch)
     }
@@ -136,11 +187,12 @@ def outer_modules(arch: Architecture) -> list[str]:
     names += [item.name for item in arch.linears]
     names += [item.name.rsplit(".", 1)[0] for item in arch.parameters if item.persistent]
     names += [_beside(arch.layers_path, name) for tower in arch.towers for name in _tensors(tower)]
-    names += [_head(arch)]
+    names += [head_name(arch)]
     return list(dict.fromkeys(names))
 
 
-def _head(arch: Architecture) -> str:
+def head_name(arch: Architecture) -> str:
+    """Name of the output projection."""
     return arch.head.name if arch.head else "lm_head"
 
 

@@ -53,6 +53,8 @@ class Rates(Struct, frozen=True, kw_only=True):
     """Bytes from pageable host memory."""
     disk: float
     """Bytes read from the disk with the weights."""
+    direct: float
+    """The same past the page cache, by several threads."""
 
 
 @cache
@@ -128,6 +130,13 @@ def disk_rate(machine: Machine, level: Level) -> float:
     return efficiency(f"disk_{known}_bytes_per_s", level)
 
 
+def direct_rate(machine: Machine, level: Level) -> float:
+    """Bytes per second of direct reads by several threads."""
+    if machine.probe and machine.probe.disk_direct_bytes_per_s:
+        return float(machine.probe.disk_direct_bytes_per_s)
+    return disk_rate(machine, level) * efficiency("direct_reads", level)
+
+
 def card_rates(machine: Machine, dtype: Dtype, level: Level) -> Rates:
     """Rates of the slowest card of a machine that has one."""
     gpu = min(machine.gpus, key=lambda g: g.profile.bandwidth_bytes_per_s or 0)
@@ -155,6 +164,7 @@ def card_rates(machine: Machine, dtype: Dtype, level: Level) -> Rates:
         # Pageable copies cannot outrun the link.
         pageable=min(pageable, link) if link else pageable,
         disk=disk_rate(machine, level),
+        direct=direct_rate(machine, level),
     )
 
 
@@ -169,4 +179,5 @@ def cpu_rates(machine: Machine, dtype: Dtype, level: Level) -> Rates:
         link=None,
         pageable=None,
         disk=disk_rate(machine, level),
+        direct=direct_rate(machine, level),
     )

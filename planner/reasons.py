@@ -17,6 +17,7 @@ from planner.rank import (
 )
 from planner.rules import has_sinks, lacks_sdpa
 from planner.strategies import Prefer, departures
+from planner.streaming_reasons import streaming_reasons
 from planner.types import GOOD, Estimate, Machine, Strategy, Workload
 from planner.units import format_bytes, format_gib
 
@@ -29,9 +30,15 @@ def reasons(field: Field, scored: Scored, fastest: float | None) -> tuple[str, .
     if usable(scored, workload, fastest) == 2:
         lines.append(_slow_text(workload))
     lines += [lever.reason for lever in departures(field.machine, workload, strategy)]
+    if workload.task == "infer" and strategy.speculate != "none":
+        lines.append(SPECULATES)
+    lines += streaming_reasons(field, strategy, scored.estimate)
     return (*lines, *notes(field, strategy))
 
 
+SPECULATES = (
+    "the speed is the one without speculation: a pass that accepts n drafted tokens gives n + 1 of them"
+)
 _WORTHWHILE = 1.1
 """A gain in predicted speed below this is within the prediction's error."""
 _BOUND = {
@@ -96,13 +103,13 @@ def notes(field: Field, strategy: Strategy) -> tuple[str, ...]:
     if longest is not None and tokens > longest:
         lines.append(f"{tokens} tokens are more than the {longest} this model was made for")
     stored = field.arch.pretrained_quantization
-    if stored is not None:
+    if stored is not None and not stored.startswith("bitsandbytes-"):
         lines.append(f"the published checkpoint is stored in {stored}; this needs a copy in {strategy.dtype}")
     return tuple(lines)
 
 
 def _cards_text(cards: int, workload: Workload, strategy: Strategy) -> str:
-    if strategy.engine == "accelerate":
+    if strategy.engine in ("accelerate", "stream"):
         return f"offload uses the first of the {cards} cards"
     if workload.task == "infer":
         return f"layers are split over {cards} cards, which work in turn"

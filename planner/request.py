@@ -94,7 +94,19 @@ def wishes(args: Namespace) -> dict[str, Any]:
     chosen = {name: value for name, value in given.items() if value is not None and value != "auto"}
     if (chosen.get("speculate") == "draft") != ("draft" in chosen):
         raise BadOption("--speculate draft and --draft MODEL need each other")
+    if "draft" in chosen:
+        chosen["draft"] = _known(chosen["draft"], bool(getattr(args, "offline", False)))
     return chosen
+
+
+def _known(draft: str, offline: bool) -> str:
+    """The name of a draft model; of a folder the whole path, since plans are carried out elsewhere too.
+
+    Errors: `UnknownModel` with the nearest names.
+    """
+    from planner.resolve import resolve
+
+    return resolve(draft, offline=offline).path or draft
 
 
 def machine(args: Namespace, gpu: str | None = None) -> Machine:

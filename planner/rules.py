@@ -13,45 +13,15 @@ from functools import cache
 import msgspec
 from msgspec import Struct
 
-from planner.rates import capability, has_bf16
-from planner.types import Gpu, Machine, Strategy, Workload
+from planner.case import Case as Case
+from planner.memory.shapes import numerics
+from planner.rates import has_bf16
+from planner.types import Machine, Strategy, Workload
 from profiles.data import read_table
-from profiles.hardware import parse_capability
-from profiles.precisions import load_precisions
+from profiles.precisions import STORED, load_precisions
 from profiles.schema import Architecture
 
 _FLASH_ATTENTION_LARGEST_HEAD = 256
-
-
-class Case(Struct, frozen=True):
-    """A strategy with everything that decides whether it is possible."""
-
-    arch: Architecture
-    machine: Machine
-    workload: Workload
-    strategy: Strategy
-
-    @property
-    def train(self) -> bool:
-        """Whether this is training."""
-        return self.workload.task == "train"
-
-    @property
-    def cards(self) -> tuple[Gpu, ...]:
-        """The cards the job would use: none under placement cpu."""
-        return () if self.strategy.placement == "cpu" else self.machine.gpus
-
-    @property
-    def offloads(self) -> bool:
-        """Whether layers live off the card."""
-        return self.strategy.placement in ("mixed_offload", "disk_offload")
-
-    def weaker_than(self, least: str | None) -> bool:
-        """Whether a card's known compute capability is below `least` (`8.0`)."""
-        wanted = parse_capability(least)
-        if wanted is None:
-            return False
-        return any(known is not None and known < wanted for known in map(capability, self.cards))
 
 
 class Rule(Struct, frozen=True):
@@ -118,6 +88,12 @@ def _wide_heads(case: Case) -> bool:
     return any(layer.attention.head_dim > _FLASH_ATTENTION_LARGEST_HEAD for layer in case.arch.kinds)
 
 
+def keeps_state(arch: Architecture) -> bool:
+    """Whether layers keep a sum of all tokens so far, from which none can be taken away again."""
+    states = [layer.attention.state for layer in arch.kinds if layer.attention.kind == "recurrent"]
+    return any(state is None or state.state_elements for state in states)
+
+
 @cache
 def liger_model_types() -> frozenset[str]:
     """Model types that liger-kernel patches; it leaves the others as they are."""
@@ -131,6 +107,10 @@ def _liger(case: Case) -> bool:
 
 def _not_nvidia(case: Case) -> bool:
     return any(gpu.profile.vendor != "nvidia" for gpu in case.cards)
+
+
+def _by_bitsandbytes(case: Case) -> bool:
+    return (case.arch.pretrained_quantization or "").startswith("bitsandbytes-")
 
 
 def _has_fused_experts(case: Case) -> bool:
@@ -147,9 +127,9 @@ RULES: tuple[Rule, ...] = (
     ),
     Rule(
         "stream_placement",
-        lambda c: c.strategy.engine == "stream" and c.strategy.placement != "mixed_offload",
-        "engine stream keeps layers in RAM and computes on a card: that is placement mixed_offload",
-        "--placement mixed_offload, or another engine",
+        lambda c: c.strategy.engine == "stream" and not c.offloads,
+        "engine stream brings layers to a card from RAM or disk: placement mixed_offload or disk_offload",
+        "--placement mixed_offload or disk_offload, or another engine",
         ("placement",),
     ),
     Rule(
@@ -157,13 +137,6 @@ RULES: tuple[Rule, ...] = (
         lambda c: c.strategy.engine == "stream" and c.train and c.workload.method == "full",
         "engine stream brings weights to the card and never back, and full fine-tuning changes them",
         "--method qlora or lora, or --placement full_gpu on a larger card",
-        ("placement",),
-    ),
-    Rule(
-        "stream_dora",
-        lambda c: c.strategy.engine == "stream" and c.train and c.workload.lora_variant == "dora",
-        "DoRA reads all weights before the first step, and engine stream has them one layer at a time",
-        "--lora-variant lora or rslora",
         ("placement",),
     ),
     Rule(
@@ -189,15 +162,35 @@ RULES: tuple[Rule, ...] = (
         "train_offloaded",
         lambda c: c.train and c.offloads and c.strategy.engine == "accelerate",
         "training does not run under accelerate's offload: backward needs weights its hooks have taken away",
-        "--engine stream with --placement mixed_offload, --placement full_gpu on a larger card, or "
-        "--placement cpu",
+        "--engine stream, --placement full_gpu on a larger card, or --placement cpu",
         ("placement",),
     ),
     Rule(
         "offload_quantized",
         lambda c: c.offloads and c.strategy.quant != "none" and c.strategy.engine == "accelerate",
         "under accelerate, offloaded modules stay unquantized, and transformers refuses to mix the two",
-        "--engine stream with --placement mixed_offload, --quant none, or a larger card",
+        "--engine stream, --quant none, or a larger card",
+    ),
+    Rule(
+        "speculation_cache",
+        lambda c: c.strategy.speculate != "none" and c.strategy.cache in ("static", "quantized"),
+        "speculation takes rejected tokens back, which a static or quantized cache cannot do",
+        "--cache dynamic or offloaded, or --speculate none",
+        (),
+    ),
+    Rule(
+        "speculation_state",
+        lambda c: c.strategy.speculate != "none" and keeps_state(c.arch),
+        "speculation takes rejected tokens back, which this model's recurrent layers cannot do",
+        "--speculate none",
+        (),
+    ),
+    Rule(
+        "speculation_batch",
+        lambda c: c.strategy.speculate != "none" and c.workload.sequences > 1,
+        "speculation checks the draft of one sequence: each accepts another number of tokens",
+        "--batch-size 1 and --concurrency 1, or --speculate none",
+        (),
     ),
     Rule(
         "full_quantized",
@@ -345,9 +338,28 @@ RULES: tuple[Rule, ...] = (
         "--cache dynamic",
     ),
     Rule(
+        "stored_precision",
+        lambda c: _by_bitsandbytes(c) and STORED.get(c.arch.pretrained_quantization) != c.strategy.quant,
+        "the checkpoint is quantized already and runs as it is, in NF4 or int8: what it lost stays lost",
+        "--quant with the precision it is stored in, or a checkpoint in 16 bits",
+        ("quant",),
+    ),
+    Rule(
+        "stored_experts",
+        lambda c: _by_bitsandbytes(c) and c.strategy.quant_experts == "nf4",
+        "the checkpoint is quantized already, and its fused experts are not",
+        "--quant-experts none, or a checkpoint in 16 bits",
+    ),
+    Rule(
         "no_fused_experts",
         lambda c: c.strategy.quant_experts == "nf4" and not _has_fused_experts(c),
         "the model has no fused experts to quantize",
+        "--quant-experts none",
+    ),
+    Rule(
+        "experts_in_own_code",
+        lambda c: c.strategy.quant_experts == "nf4" and c.arch.model_type not in numerics().shared_code,
+        "transformers runs this architecture's experts in code of its own, which takes no quantized ones",
         "--quant-experts none",
     ),
     Rule(

@@ -104,7 +104,8 @@ def _on_cards(estimate: Estimate) -> int | None:
 def _offloads_nothing(scored: Scored) -> bool:
     placed = scored.estimate.placement
     offloads = scored.strategy.placement in ("mixed_offload", "disk_offload")
-    return offloads and not placed.layers_in_ram + placed.layers_on_disk
+    layers = placed.layers_in_ram + placed.layers_on_disk
+    return offloads and not layers and all(isinstance(place, int) for place in placed.device_map.values())
 
 
 def _needs_unknown_ram(scored: Scored, machine: Machine) -> bool:

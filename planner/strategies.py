@@ -18,12 +18,13 @@ from planner.errors import BadOption
 from planner.rates import auto_dtype
 from planner.rules import Case, Rule, broken_rule, lacks_sdpa
 from planner.types import Dtype, Engine, Machine, Placement, Quant, Rejected, Strategy, Workload
+from profiles.precisions import STORED
 from profiles.schema import Architecture
 
 Prefer = Literal["quality", "speed", "headroom"]
 PLACEMENTS: tuple[Placement, ...] = ("full_gpu", "mixed_offload", "disk_offload", "cpu")
 QUANTS: tuple[Quant, ...] = ("none", "int8", "nf4")
-INFER_SETTINGS = ("cache", "speculate", "draft")
+INFER_SETTINGS = ("cache", "speculate", "draft", "prefill_chunk_tokens")
 TRAIN_SETTINGS = (
     "optimizer",
     "gradient_checkpointing",
@@ -35,6 +36,11 @@ TRAIN_SETTINGS = (
 """Fields of `Strategy` that mean something to one task only."""
 
 
+LONG_PROMPT_TOKENS = 2048
+"""Longer prompts may go through the model in parts of so many, each of which takes longer to compute than
+streamed weights take to arrive."""
+
+
 class Lever(Struct, frozen=True):
     """A departure from the defaults, and what it is for."""
 
@@ -44,7 +50,10 @@ class Lever(Struct, frozen=True):
     reason: str
 
 
+_PACKED_EXPERTS = "experts in NF4 like the other weights; transformers alone leaves them in 16 bits"
 LEVERS: tuple[Lever, ...] = (
+    Lever("infer", {"quant_experts": "nf4"}, "memory", _PACKED_EXPERTS),
+    Lever("train", {"quant_experts": "nf4"}, "memory", _PACKED_EXPERTS),
     Lever("train", {"optimizer": "adamw_8bit"}, "memory", "optimizer state in 8 bits instead of 32"),
     Lever(
         "train",
@@ -60,11 +69,29 @@ LEVERS: tuple[Lever, ...] = (
     ),
     Lever(
         "train",
+        {"loss": "fused", "kernels": "torch"},
+        "memory",
+        "fused loss: logits exist for a block of the vocabulary and a chunk of tokens at once",
+    ),
+    Lever(
+        "train",
+        {"activation_offload": True},
+        "memory",
+        "layer inputs wait in RAM between forward and backward",
+    ),
+    Lever(
+        "train",
         {"gradient_checkpointing": False},
         "speed",
         "no checkpointing: the forward pass is not repeated, its activations are kept",
     ),
     Lever("infer", {"cache": "offloaded"}, "memory", "the KV cache waits in RAM while other layers compute"),
+    Lever(
+        "infer",
+        {"prefill_chunk_tokens": LONG_PROMPT_TOKENS},
+        "memory",
+        f"the prompt goes through the model {LONG_PROMPT_TOKENS} tokens at a time",
+    ),
     Lever(
         "infer",
         {"cache": "static"},
@@ -84,14 +111,11 @@ def default_optimizer(machine: Machine, workload: Workload) -> str:
 
 ENGINES: dict[Placement, tuple[Engine, ...]] = {
     "full_gpu": ("resident",),
-    "mixed_offload": ("accelerate",),
-    "disk_offload": ("accelerate",),
+    "mixed_offload": ("stream", "accelerate"),
+    "disk_offload": ("stream", "accelerate"),
     "cpu": ("resident",),
 }
-"""What carries each placement out, the preferred engine first.
-
-Engine stream is taken where it is asked for by name: on a card one comparison of its logits with those of
-engine resident differs (benchmarks/streaming)."""
+"""What carries each placement out, the preferred engine first; the next one where a rule excludes it."""
 
 
 def default_engine(placement: Placement) -> Engine:
@@ -122,7 +146,8 @@ def resolve_strategy(
     """
     qlora = workload.task == "train" and workload.method == "qlora"
     placement: Placement = pinned.get("placement") or _default_placement(machine, pinned)
-    quant: Quant = pinned.get("quant") or ("nf4" if qlora else "none")
+    stored = STORED.get(arch.pretrained_quantization)
+    quant: Quant = pinned.get("quant") or stored or ("nf4" if qlora else "none")
     strategy = _base(arch, machine, workload, pinned, placement, quant)
     rule = broken_rule(Case(arch, machine, workload, strategy))
     if rule is not None:
@@ -159,6 +184,7 @@ def legal_strategies(
             for strategy in _variants(workload, base, fixed, prefer):
                 if broken_rule(Case(arch, machine, workload, strategy)) is None:
                     legal[strategy] = None
+            break
         if len(broken) == len(engines):  # else one carries it out, and what the other lacks is no matter
             base, rule = broken[0]
             first = first or rule
@@ -211,15 +237,23 @@ def _variants(
     choices: dict[tuple[str, ...], list[dict[str, Any]]] = {}
     for lever in LEVERS:
         wanted = lever.task == workload.task and lever.purpose in purposes
-        if wanted and not lever.settings.keys() & fixed.keys() and not _pointless(lever, base):
+        if wanted and not lever.settings.keys() & fixed.keys() and not _pointless(lever, base, workload):
             choices.setdefault(tuple(lever.settings), [{}]).append(lever.settings)
     for combination in product(*choices.values()):
         settings = {name: value for part in combination for name, value in part.items()}
         yield replace(base, **settings)
 
 
-def _pointless(lever: Lever, base: Strategy) -> bool:
-    """Whether a lever saves nothing over the base: paged state is the smallest, and on a CPU is not paged."""
+def _pointless(lever: Lever, base: Strategy, workload: Workload) -> bool:
+    """Whether a lever saves nothing over the base: paged state is the smallest, and on a CPU is not paged;
+    experts are quantized with the other weights only. Where weights stream, what else a step holds is worth
+    sending away or making small too."""
+    if "prefill_chunk_tokens" in lever.settings:
+        return base.placement == "cpu" or workload.prompt_tokens <= LONG_PROMPT_TOKENS
+    if "quant_experts" in lever.settings:
+        return base.quant != "nf4"
+    if "activation_offload" in lever.settings or lever.settings.get("kernels") == "torch":
+        return base.engine != "stream"
     optimizer = str(lever.settings.get("optimizer", ""))
     if not optimizer:
         return False

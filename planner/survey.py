@@ -8,6 +8,7 @@ shown. Without a card, the need is that of any card, and the CPU is what is judg
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
+from itertools import islice
 from typing import Any, Literal
 
 from msgspec import Struct, field
@@ -88,6 +89,18 @@ class Target(Struct, frozen=True, kw_only=True):
     answers: tuple[Answer, ...]
 
 
+class Streamed(Struct, frozen=True, kw_only=True):
+    """A card through which a job streams, and what it takes there."""
+
+    cards: tuple[str, ...]
+    """Ids, smallest first."""
+    card_bytes: int
+    """What must be free on the first of them."""
+    ram_bytes: int
+    strategy: Strategy
+    tokens_per_s: float | None
+
+
 class Survey(Struct, frozen=True, kw_only=True):
     """The whole page."""
 
@@ -97,6 +110,8 @@ class Survey(Struct, frozen=True, kw_only=True):
     targets: tuple[Target, ...]
     smallest_cards: dict[str, tuple[str, ...]] = {}
     """Ids of the smallest cards that hold a job entirely, by job."""
+    streamed: dict[str, Streamed] = {}
+    """The smallest cards through which a job streams, by job: of those that no target holds entirely."""
 
 
 class Question(Struct, frozen=True):
@@ -151,19 +166,28 @@ def answer(question: Question, job: Job, machine: Machine) -> Answer:
         if isinstance(how, BadOption):
             refusal = refusal or str(how)
             continue
+        if (barely := _first_good(tried)) is not None and barely[0].placement != how.placement:
+            break
         shown = estimate(question.model, machine, work, how)
         tried.append((how, shown))
-        if shown.verdict in GOOD:
-            row = _with(row, question, machine, how, shown, _changed(tried[0][0], how, shown))
-            if not machine.gpus:
-                return row
-            most = limits(question.model, machine, work, how)
-            return replace(
-                row, longest_context_tokens=most.context_tokens, largest_batch_size=most.batch_size
-            )
+        # a streamed layer less makes room for a way that surely fits; elsewhere defaults are worth more
+        if shown.verdict == "fits" or (shown.verdict in GOOD and how.engine != "stream"):
+            break
+    good = next((way for way in reversed(tried) if way[1].verdict == "fits"), None) or _first_good(tried)
+    if good is not None:
+        how, shown = good
+        row = _with(row, question, machine, how, shown, _changed(tried[0][0], how, shown))
+        if not machine.gpus:
+            return row
+        most = limits(question.model, machine, work, how)
+        return replace(row, longest_context_tokens=most.context_tokens, largest_batch_size=most.batch_size)
     if not tried:
         return replace(row, reason=refusal)
     return _with(row, question, machine, *tried[0], _least(tried))
+
+
+def _first_good(tried: list[tuple[Strategy, Estimate]]) -> tuple[Strategy, Estimate] | None:
+    return next((way for way in tried if way[1].verdict in GOOD), None)
 
 
 def _with(
@@ -231,12 +255,14 @@ def _changed(plain: Strategy, how: Strategy, estimated: Estimate) -> str | None:
         for name, suffix in names.items()
         if getattr(how, name) != getattr(plain, name)
     ]
+    if how.activation_offload and not plain.activation_offload:
+        changes.append("layer inputs in RAM")
     where = estimated.placement
     layers = where.layers_on_gpu + where.layers_in_ram + where.layers_on_disk
     if how.placement == "mixed_offload":
         ram = format_bytes(estimated.host.ram_bytes)
         changes.append(f"{where.layers_in_ram} of {layers} layers in RAM ({ram} there)")
-    elif how.placement == "disk_offload":
+    if where.layers_on_disk:
         changes.append(f"{where.layers_on_disk} of {layers} layers on disk")
     return "with " + ", ".join(changes) if changes else None
 
@@ -260,6 +286,57 @@ def smallest(question: Question, cards: Iterable[GpuProfile], count: int) -> dic
         fits = smallest_cards(question.model, work, large, pinned=pinned, count=count)
         found[job.id] = tuple(fit.gpu.id for fit in fits)
     return found
+
+
+def too_large(targets: Iterable[Target]) -> list[str]:
+    """Ids of the jobs that no target with a card holds entirely, and that are possible somewhere."""
+    held: dict[str, bool] = {}
+    for target in targets:
+        for each in target.answers if target.machine.gpus else ():
+            entirely = each.verdict in GOOD and each.strategy and each.strategy.placement == "full_gpu"
+            held[each.job] = held.get(each.job, False) or bool(entirely)
+    return [job for job, whole in held.items() if not whole]
+
+
+def smallest_streamed(
+    question: Question, cards: Iterable[GpuProfile], jobs: Iterable[str], count: int
+) -> dict[str, Streamed]:
+    """For each of `jobs` (their ids), the smallest cards through which it streams, given enough RAM."""
+    sold = sorted(filter(_worth_buying, cards), key=lambda card: (card.memory_bytes, card.id))
+    wanted, found = set(jobs), {}
+    for job in (job for job in question.jobs() if job.id in wanted):
+        work = job.of(question.workloads)
+        pinned = {**_wishes_for(question.wishes, work), "quant": job.quant, "placement": "mixed_offload"}
+        ways = (
+            (card.id, way) for card in sold if (way := _streaming(question, card, work, pinned)) is not None
+        )
+        least = list(islice(ways, count))
+        if least:
+            how, shown = least[0][1]
+            speed = shown.speed.train_tokens_per_s or shown.speed.decode_tokens_per_s
+            found[job.id] = Streamed(
+                cards=tuple(name for name, _ in least),
+                card_bytes=shown.gpus[0].process_bytes,
+                ram_bytes=shown.host.ram_bytes,
+                strategy=how,
+                tokens_per_s=speed.typical if speed else None,
+            )
+    return found
+
+
+def _streaming(
+    question: Question, card: GpuProfile, work: Workload, pinned: dict[str, Any]
+) -> tuple[Strategy, Estimate] | None:
+    """The first way in which a job surely streams through a card; None where there is none."""
+    machine = machine_from_gpus([(card, 1)])
+    try:
+        ways, _ = legal_strategies(question.arch, machine, work, pinned)
+    except BadOption:
+        return None
+    estimates = (
+        (how, estimate(question.model, machine, work, how)) for how in ways if how.engine == "stream"
+    )
+    return next(((how, shown) for how, shown in estimates if shown.verdict == "fits"), None)
 
 
 def _least_bytes(question: Question, work: Workload, pinned: dict[str, Any]) -> int | None:

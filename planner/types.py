@@ -89,6 +89,8 @@ class Strategy(Struct, frozen=True, kw_only=True):
     upcast_frozen: bool = False
     speculate: Literal["none", "lookup", "draft"] = "none"
     draft: str | None = None
+    prefill_chunk_tokens: int = 0
+    """Most tokens of a prompt in one pass; 0: all of them."""
 
 
 class Stack(Struct, frozen=True):
@@ -291,6 +293,18 @@ class Evaluation(Struct, frozen=True):
     loss: float
 
 
+class Speculated(Struct, frozen=True, kw_only=True):
+    """What became of drafted tokens. The pass over the prompt checks none and is left out."""
+
+    drafted: int
+    accepted: int
+    passes: int
+    acceptance_rate: float | None
+    """Accepted of drafted; None where nothing was drafted."""
+    tokens_per_pass: float | None
+    """Each pass adds the tokens it accepts and one of its own."""
+
+
 class RunReport(Struct, frozen=True, kw_only=True):
     """What a run did and measured. Null where a figure does not apply (no card, no training)."""
 
@@ -309,9 +323,14 @@ class RunReport(Struct, frozen=True, kw_only=True):
     workload: Workload
     layers_resident: int
     layers_streamed: int = 0
+    layers_on_disk: int = 0
+    """Of the streamed ones, those that are read from disk for each pass."""
     slots: int = 0
     bytes_streamed: int = 0
     link_bytes_per_s: float | None = None
+    """While the link was at work; so for the disk."""
+    disk_bytes_read: int = 0
+    disk_bytes_per_s: float | None = None
     load_bytes: int | None = None
     allocated_peak_bytes: int | None = None
     reserved_peak_bytes: int | None = None
@@ -325,6 +344,8 @@ class RunReport(Struct, frozen=True, kw_only=True):
     decode_tokens_per_s: float | None = None
     prefill_tokens_per_s: float | None = None
     train_tokens_per_s: float | None = None
+    speculation: Speculated | None = None
+    """Null without speculation."""
     steps: int | None = None
     resumed_from_step: int = 0
     losses: tuple[float, ...] = ()

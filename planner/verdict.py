@@ -39,7 +39,7 @@ def judge(
     """The verdict of a job and why, worst reason first."""
     found = [_card(gpu) for gpu in gpus]
     found.append(_ram(machine, host, decides=not gpus or how.placement == "mixed_offload"))
-    found.append(_disk(machine, disk, how))
+    found.append(_disk(machine, disk, how, placement))
     if len(gpus) > 1 and work.task == "train":
         found.append(("fits", "training is one full replica a card until sharding is built"))
     if placement.layers_in_ram and gpus:
@@ -83,10 +83,13 @@ def _ram(machine: Machine, host: HostEstimate, decides: bool) -> tuple[Verdict, 
     return "does_not_fit", f"{needs}, {has}"
 
 
-def _disk(machine: Machine, disk: DiskEstimate, how: Strategy) -> tuple[Verdict, str]:
+def _disk(
+    machine: Machine, disk: DiskEstimate, how: Strategy, placement: PlacementMap
+) -> tuple[Verdict, str]:
     free = max((item.free_bytes for item in machine.disks if item.kind != "memory"), default=None)
     if free is None or disk.bytes <= free:
         return "fits", ""
     text = f"needs {format_gib(disk.bytes)} of disk, {format_gib(free)} free"
-    # What the offload folder cannot take cannot run; a download may be on disk already.
-    return ("does_not_fit" if how.placement == "disk_offload" else "fits"), text
+    # What the offload folder or a slab file cannot take cannot run; a download may be on disk already.
+    runs_from_disk = how.placement == "disk_offload" or placement.layers_on_disk
+    return ("does_not_fit" if runs_from_disk else "fits"), text

@@ -140,7 +140,8 @@ def published_dtype(config: Mapping[str, Any], nested: Mapping[str, Any] | None 
 
 
 def published_quantization(config: Mapping[str, Any]) -> str | None:
-    """`quantization_config.quant_method`: how the published weights are already quantized.
+    """`quantization_config.quant_method`: how the published weights are already quantized. bitsandbytes' name
+    takes the precision with it: bitsandbytes-nf4, -fp4 or -int8.
 
     Errors: `BadConfig` for anything that is no such object.
     """
@@ -151,4 +152,14 @@ def published_quantization(config: Mapping[str, Any]) -> str | None:
         raise rejected("quantization_config", quantization, "an object")
     method = quantization.get("quant_method")
     check_value("quantization_config.quant_method", method, "text?")
+    if method == "bitsandbytes":
+        return f"{method}-{_bitsandbytes_precision(quantization)}"
     return None if method is None else str(method)
+
+
+def _bitsandbytes_precision(quantization: Mapping[str, Any]) -> str:
+    if quantization.get("load_in_8bit"):
+        return "int8"
+    kind = quantization.get("bnb_4bit_quant_type", "fp4")
+    check_value("quantization_config.bnb_4bit_quant_type", kind, "text?")
+    return "nf4" if kind == "nf4" else "fp4"

@@ -8,11 +8,15 @@ under double quantization one second-level scale a group of scales. Tables that 
 from __future__ import annotations
 
 from functools import cache
+from typing import Literal
 
 import msgspec
 
 from profiles.data import read_table
 from profiles.schema import Precision
+
+STORED: dict[str | None, Literal["nf4", "int8"]] = {"bitsandbytes-nf4": "nf4", "bitsandbytes-int8": "int8"}
+"""Precisions of checkpoints that run as they are stored, by `Architecture.pretrained_quantization`."""
 
 
 @cache

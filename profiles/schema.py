@@ -215,7 +215,8 @@ class Architecture(Struct, frozen=True):
     dtype: str = "bfloat16"
     """Dtype of the published checkpoint (torch_dtype)."""
     pretrained_quantization: str | None = None
-    """`quantization_config.quant_method` of the published checkpoint (fp8, mxfp4, ...), if any."""
+    """`quantization_config.quant_method` of the published checkpoint (fp8, mxfp4, bitsandbytes-nf4, ...), if
+    any."""
 
     @property
     def layers(self) -> int:

@@ -14,7 +14,8 @@ Habits of the modelling code change what autograd keeps, and no config field tel
 * inline: a feed-forward written out in the layer's own forward lets its input go after the first linear.
 * routers: where the weights of the chosen experts stay float32, so do the experts' weighted outputs; autocast
   decides otherwise than the code says (`sum` answers in float32, `linear` in 16 bits);
-* shared_first: shared experts run before the routed ones; clamped_experts: they bound gate and up (GPT-OSS).
+* shared_first: shared experts run before the routed ones; clamped_experts: they bound gate and up (GPT-OSS);
+  shared_code: they run in transformers' common code for experts, which engines may replace.
 
 Writes {"transformers": version, one list of model types a habit, "layer_norm", "embeddings", "routers" and
 "eager" (attention with sinks): {model type: form}}.
@@ -248,6 +249,12 @@ def _clamped_experts(tree: ast.Module) -> bool:
     return any("gate.clamp(" in ast.unparse(node) and "alpha" in ast.unparse(node) for node in experts)
 
 
+def _shared_code(tree: ast.Module) -> bool:
+    """Does a class of experts leave its forward to `integrations/moe.py`?"""
+    marks = (mark for node in tree.body if isinstance(node, ast.ClassDef) for mark in node.decorator_list)
+    return any(ast.unparse(mark).startswith("use_experts_implementation") for mark in marks)
+
+
 def _eager(tree: ast.Module) -> str | None:
     """Eager attention whose softmax stays in its input's dtype (shifted), or is rescaled by a sink."""
     for node in tree.body:
@@ -260,6 +267,7 @@ def _eager(tree: ast.Module) -> str | None:
 HABITS = {
     "clamped_experts": _clamped_experts,
     "shared_first": _shared_first,
+    "shared_code": _shared_code,
     "float32_norm": _float32_norm,
     "concatenated_rope": _concatenated_rope,
     "float32_rope": _float32_rope,

@@ -75,10 +75,15 @@ class Cell(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_d
         return f"{self.id} {self.model} {work.task} {shape}"
 
 
+_LATER = b',"prefill_chunk_tokens":0'
+"""A field of `Strategy` younger than the grid; at its default it changes no id."""
+
+
 def identified(cell: Cell) -> Cell:
     """The cell with the id and the half that follow from what it asks."""
     asked = msgspec.structs.replace(cell, id="", half="fit", seconds=UNSET)
-    digest = hashlib.sha256(msgspec.json.encode(asked, order="deterministic")).hexdigest()
+    text = msgspec.json.encode(asked, order="deterministic").replace(_LATER, b"")
+    digest = hashlib.sha256(text).hexdigest()
     return msgspec.structs.replace(cell, id=digest[:10], half="judge" if int(digest[10], 16) % 2 else "fit")
 
 

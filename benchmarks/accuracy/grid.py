@@ -217,7 +217,7 @@ def _elsewhere() -> Iterator[Cell]:
     """Offloaded layers, ragged batches, packed sequences."""
     for model, placement, vram_gib, prompt in axes.OFFLOADED:
         work = Workload(task="infer", prompt_tokens=prompt, new_tokens=4)
-        yield cell(model, work, most=120, placement=placement, vram_gib=vram_gib)
+        yield cell(model, work, most=120, placement=placement, engine="accelerate", vram_gib=vram_gib)
     for model, method, data, tokens, batch in axes.DATA:
         if method == "infer":
             work = Workload(task="infer", prompt_tokens=tokens, new_tokens=32, batch_size=batch)

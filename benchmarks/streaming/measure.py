@@ -3,7 +3,7 @@
     python benchmarks/streaming/measure.py PLAN [--cap SIZE] [-- EXECUTOR OPTIONS]
 
 The plan is rehearsed in this process: random weights in the real shapes. Then, in the same process, the link
-is the best of five pinned copies of 1 GiB. The share is (bytes of all streamed layers x passes a second) /
+is the best of five pinned copies of 1 GiB. The share is (bytes a pass brings to the card x passes a second) /
 link, where a pass is a decoded token of the batch. One JSON line is appended to results.jsonl and printed.
 """
 
@@ -23,7 +23,13 @@ from typing import Any
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parents[1]))
 
+import msgspec  # noqa: E402
+
 from executor.cli import main as executor  # noqa: E402  found beside this folder
+from planner.memory.streamed import parts_of, traffic  # noqa: E402
+from planner.placement import tiers_of  # noqa: E402
+from planner.types import Plan  # noqa: E402
+from profiles.architecture import architecture  # noqa: E402
 
 GIB = 2**30
 
@@ -60,7 +66,7 @@ def main() -> int:
     }
     if code == 0:
         row["link_bytes_per_s"] = link_rate()
-        row["share_of_link"] = _share(report, row["link_bytes_per_s"])
+        row["share_of_link"] = _share(report, row["link_bytes_per_s"], _bytes_of_a_pass(args.plan))
     with open(args.results, "a") as f:
         f.write(json.dumps(row, sort_keys=True) + "\n")
     print(json.dumps(_shown(row)))
@@ -86,12 +92,22 @@ def link_rate() -> float:
     return GIB / min(seconds[1:])
 
 
-def _share(report: dict[str, Any], link: float) -> float | None:
+def _bytes_of_a_pass(file: Path) -> int:
+    """What decoding one token brings to the card: streamed layers, and a streamed output projection."""
+    plan = msgspec.json.decode(file.read_bytes(), type=Plan)
+    candidate, arch = plan.candidates[0], architecture(plan.model.config)
+    if candidate.engine != "stream":
+        return 0
+    tiers = tiers_of(arch, candidate.estimate.placement)
+    return traffic(parts_of(arch, candidate.strategy), tiers, train=False).link
+
+
+def _share(report: dict[str, Any], link: float, bytes_of_a_pass: int) -> float | None:
     """Of a decode; None for training, whose copies run under the computation."""
     tokens, batch = report["decode_tokens_per_s"], report["workload"]["batch_size"]
-    if tokens is None or not report["layers_streamed"]:
+    if tokens is None or not bytes_of_a_pass:
         return None
-    return float(report["pinned_bytes"] * tokens / batch / link)
+    return float(bytes_of_a_pass * tokens / batch / link)
 
 
 def _shown(row: dict[str, Any]) -> dict[str, Any]:

@@ -39,6 +39,8 @@ class LoadRequest:
     seed: int
     remote_code: bool = False
     resident_layers: int | None = None
+    pack: bool = False
+    """Write a slab file first where there is none; engine stream alone can."""
 
 
 @dataclass(kw_only=True)
@@ -49,12 +51,17 @@ class Loaded:
     tokenizer: Any
     layers_resident: int
     layers_streamed: int = 0
+    layers_on_disk: int = 0
+    """Of the streamed ones."""
     slots: int = 0
     pinned_bytes: int = 0
+    outside_on_host: tuple[str, ...] = ()
+    """Embeddings and output projections whose weights wait in host memory."""
     notes: list[str] = field(default_factory=list)
     """Where loading had to differ from the candidate's strategy."""
     traffic: Callable[[], dict[str, Any]] = field(default=dict)
-    """`bytes_streamed` and `link_bytes_per_s` so far, from engines that move weights."""
+    """`bytes_streamed`, `link_bytes_per_s`, `disk_bytes_read` and `disk_bytes_per_s` so far, from engines
+    that move weights."""
     close: Callable[[], None] = field(default=lambda: None)
 
 

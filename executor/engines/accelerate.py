@@ -62,6 +62,7 @@ def load(request: LoadRequest) -> Loaded:
         tokenizer=tokenizer,
         layers_resident=layer_count(model) - away,
         layers_streamed=away,
+        layers_on_disk=_layers_away(places, "disk"),
         notes=attention_notes(model, request.candidate.strategy),
         traffic=traffic.read,
         close=lambda: _remove(folder),
@@ -153,9 +154,11 @@ def _skeleton(request: LoadRequest) -> Any:
         )
 
 
-def _layers_away(places: dict[str, Any]) -> int:
-    """The planner names decoder layers one by one, everything else as a whole."""
-    return sum(isinstance(place, str) and name.rsplit(".", 1)[-1].isdigit() for name, place in places.items())
+def _layers_away(places: dict[str, Any], *where: str) -> int:
+    """Layers in RAM and on disk, or `where` alone: the planner names decoder layers one by one, everything
+    else as a whole."""
+    wanted = where or ("cpu", "disk")
+    return sum(place in wanted and name.rsplit(".", 1)[-1].isdigit() for name, place in places.items())
 
 
 # --------------------------------------------------------------------------- room

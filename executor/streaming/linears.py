@@ -9,6 +9,7 @@ layer in backward, and let the stock code compute, so gradients are those of a r
 from __future__ import annotations
 
 import copy
+from functools import partial
 from typing import Any
 
 import bitsandbytes as bnb
@@ -16,6 +17,7 @@ import torch
 from bitsandbytes.autograd._functions import MatMul4Bit, MatMul8bitFp, MatMul8bitLt
 from bitsandbytes.functional import _convert_weight_packed_for_cpu
 
+from executor.packed_experts import PackedExperts
 from executor.streaming.streamer import StreamedLayer, Streamer
 
 
@@ -82,6 +84,10 @@ class _Streamed:
         """Have the weights in a slot."""
         self.streamer.acquire(self.layer)
 
+    def __deepcopy__(self, memo: Any) -> Any:
+        """Itself: a weight that moves has no copy. peft asks for one to look at, making DoRA's norms."""
+        return self
+
 
 class Linear4bit(_Streamed, bnb.nn.Linear4bit):  # type: ignore[misc]
     """bitsandbytes' 4-bit linear whose packed weight may move between forward and backward."""
@@ -128,9 +134,11 @@ _KINDS = {bnb.nn.Linear4bit: Linear4bit, bnb.nn.Linear8bitLt: Linear8bitLt}
 
 
 def adopt(streamer: Streamer) -> None:
-    """Make the quantized linears of all streamed layers ones that know their layer."""
+    """Make the quantized linears and experts of all streamed layers ones that know their layer."""
     for layer in streamer.layers:
         for module in layer.readers:
+            if isinstance(module, PackedExperts):
+                module.acquire = partial(streamer.acquire, layer)
             kind = _KINDS.get(type(module))
             if kind is not None:
                 module.__class__ = kind

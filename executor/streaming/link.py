@@ -8,6 +8,9 @@ from typing import Protocol
 
 import torch
 
+from executor.streaming.arena import Arena
+from executor.streaming.ring import Mark
+
 
 class Link(Protocol):
     """What carries slabs to slots, and how much it carried."""
@@ -23,6 +26,9 @@ class Link(Protocol):
 
     def wait_for(self, slot: int) -> None:
         """Work given to the device from now on finds the last copy into `slot` complete."""
+
+    def mark(self) -> Mark:
+        """The end of the copies asked for so far."""
 
     def settle(self) -> None:
         """All copies have ended when this returns, and are counted."""
@@ -47,8 +53,17 @@ class PlainLink:
     def wait_for(self, slot: int) -> None:
         """Nothing to wait for."""
 
+    def mark(self) -> Mark:
+        """It is past."""
+        return _Past()
+
     def settle(self) -> None:
         """Nothing is under way."""
+
+
+class _Past:
+    def synchronize(self) -> None:
+        """Nothing to wait for."""
 
 
 class CudaLink:
@@ -56,15 +71,20 @@ class CudaLink:
 
     Two kinds of event order it: `ready`, per slot, which the computing stream waits for, and one recorded on
     the computing stream that the copying stream waits for before it overwrites a slot.
+
+    Slabs in memory that the system did not lock are copied through two locked buffers (`arena`): the host
+    fills one while the card reads the other.
     """
 
-    def __init__(self, device: torch.device, slots: int) -> None:
+    def __init__(self, device: torch.device, slots: int, arena: Arena | None = None) -> None:
         self._device = device
         self._stream = torch.cuda.Stream(device, priority=-1)
         self._read = torch.cuda.Event()
         self._ready = [torch.cuda.Event() for _ in range(slots)]
         self._timed: deque[tuple[torch.cuda.Event, torch.cuda.Event]] = deque()
         self._spare: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
+        self._arena = arena
+        self._bounce = [(buffer, torch.cuda.Event()) for buffer in arena.bounce_buffers()] if arena else []
         self.bytes, self.seconds = 0, 0.0
 
     def after_reads(self) -> None:
@@ -77,16 +97,36 @@ class CudaLink:
         began, ended = self._spare.pop() if self._spare else (_timer(), _timer())
         with torch.cuda.stream(self._stream):
             began.record(self._stream)
-            buffer.copy_(slab, non_blocking=True)
+            if self._bounce and self._arena is not None and not self._arena.is_locked(slab):
+                self._copy_in_parts(slab, buffer)
+            else:
+                buffer.copy_(slab, non_blocking=True)
             ended.record(self._stream)
             self._ready[slot].record(self._stream)
         self._timed.append((began, ended))
         self.bytes += slab.numel()
         self._count()
 
+    def _copy_in_parts(self, slab: torch.Tensor, buffer: torch.Tensor) -> None:
+        size = self._bounce[0][0].numel()
+        for at in range(0, slab.numel(), size):
+            part = slab[at : at + size]
+            staging, read = self._bounce[0]
+            self._bounce.reverse()
+            read.synchronize()
+            staging[: part.numel()].copy_(part)
+            buffer[at : at + size].copy_(staging[: part.numel()], non_blocking=True)
+            read.record(self._stream)
+
     def wait_for(self, slot: int) -> None:
         """See `Link`."""
         torch.cuda.current_stream(self._device).wait_event(self._ready[slot])
+
+    def mark(self) -> Mark:
+        """See `Link`. A thread that waits for it sleeps."""
+        event = torch.cuda.Event(blocking=True)
+        event.record(self._stream)
+        return event
 
     def settle(self) -> None:
         """See `Link`."""
@@ -105,6 +145,6 @@ def _timer() -> torch.cuda.Event:
     return torch.cuda.Event(enable_timing=True)
 
 
-def open_link(device: torch.device, slots: int) -> Link:
-    """The link to `device`."""
-    return CudaLink(device, slots) if device.type == "cuda" else PlainLink()
+def open_link(device: torch.device, slots: int, arena: Arena | None = None) -> Link:
+    """The link from memory of `arena` to `device`."""
+    return CudaLink(device, slots, arena) if device.type == "cuda" else PlainLink()

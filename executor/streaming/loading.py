@@ -8,7 +8,7 @@ What stands on the device at once is what is not streamed, one layer, and one we
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -17,9 +17,12 @@ import torch
 from torch import nn
 
 from executor.errors import CannotHonour
-from executor.streaming.arena import Arena, require_room
+from executor.streaming.arena import Arena
+from executor.streaming.disk_tier import Spill, layers_on_disk
 from executor.streaming.layers import Stack, find_stack, tied_names
 from executor.streaming.residency import Tables, Weight, nowhere, weights_of
+from executor.streaming.ring import DiskBlock
+from executor.streaming.room import Room
 from executor.streaming.slab import Layout, lay_out
 from executor.streaming.streamer import StreamedLayer
 from planner.placement import spread_evenly
@@ -27,28 +30,32 @@ from planner.placement import spread_evenly
 
 @dataclass(frozen=True)
 class Packed:
-    """A layer in host memory, before it has a streamer."""
+    """A layer in host memory or on disk, before it has a streamer."""
 
     module: nn.Module
     readers: tuple[nn.Module, ...]
     layout: Layout
     places: tuple[tuple[tuple[Any, str], ...], ...]
-    slab: torch.Tensor
+    slab: torch.Tensor | DiskBlock
 
 
 class Packer:
     """Takes the weights of a model as they are set, and packs every streamed layer that is complete.
 
-    `resident`: how many layers stay on the device.
+    `resident`: how many layers stay on the device. The others go to `arena`, and those that `device_map`
+    places on disk to `spill`.
     """
 
-    def __init__(self, resident: int, arena: Arena) -> None:
-        self._wanted, self._arena = resident, arena
+    def __init__(
+        self, resident: int, arena: Arena, device_map: Mapping[str, int | str], spill: Spill
+    ) -> None:
+        self._wanted, self._arena, self._device_map, self._spill = resident, arena, device_map, spill
         self._tables = Tables()
         self._model: Any = None
         self._missing: dict[int, set[str]] = {}
         self._names: dict[int, frozenset[str]] = {}
         self._packed: dict[int, Packed] = {}
+        self._on_disk: frozenset[int] = frozenset()
         self.stack: Stack | None = None
 
     def took(self, model: Any, name: str) -> None:
@@ -71,16 +78,15 @@ class Packer:
     def _look_at(self, model: Any) -> None:
         self._model, self.stack = model, find_stack(model)
         total = len(self.stack.layers)
-        if self._wanted > total:
-            raise CannotHonour(
-                f"--resident-layers {self._wanted}: the model has {total} layers", f"at most {total}"
-            )
+        refuse_too_many(self._wanted, total)
         tied = tied_names(model)
         resident = spread_evenly(self._wanted, total)
         for index in range(total):
             names = self.stack.parameter_names(index, tied)
             if index not in resident and names:
                 self._missing[index], self._names[index] = set(names), frozenset(names)
+        self._on_disk = layers_on_disk(total, resident, self._device_map)
+        self._room = Room(model, self.stack, self._names, self._on_disk)
 
     def _index_of(self, name: str) -> int | None:
         assert self.stack is not None
@@ -99,18 +105,31 @@ class Packer:
             weights += weights_of(module, getattr(module, leaf), self._tables)
         tensors = [weight.tensor for weight in weights]
         layout = lay_out(tensors)
-        if not self._packed:
-            require_room(layout.nbytes * len(self._names))
-        slab = self._arena.take(layout.nbytes)
+        slab = self._memory_for(index, layout.nbytes)
         for view, weight in zip(layout.views(slab), weights, strict=True):
             view.copy_(weight.tensor)
             for owner, attribute in weight.places:
                 setattr(owner, attribute, nowhere(weight.tensor))
         places = tuple(weight.places for weight in weights)
-        return Packed(self.stack.layers[index], tuple(readers), layout, places, slab)
+        home = self._keep(index, slab)
+        return Packed(self.stack.layers[index], tuple(readers), layout, places, home)
+
+    def _memory_for(self, index: int, nbytes: int) -> torch.Tensor:
+        self._room.packing(index, nbytes)
+        return self._spill.memory(nbytes) if index in self._on_disk else self._arena.take(nbytes)
+
+    def _keep(self, index: int, slab: torch.Tensor) -> torch.Tensor | DiskBlock:
+        if index not in self._on_disk:
+            return slab
+        return self._spill.add(slab, self._room.on_disk_to_come(index, slab.numel()))
+
+    def close(self) -> None:
+        """Give back what is on disk."""
+        self._spill.close()
 
     def layers(self) -> list[StreamedLayer]:
         """The streamed layers in their order, once all are complete."""
+        self._spill.finish()
         left = [name for names in self._missing.values() for name in names]
         assert not left, f"never set: {left[:3]}"
         return [
@@ -119,15 +138,21 @@ class Packer:
         ]
 
 
+def refuse_too_many(wanted: int, total: int) -> None:
+    """Errors: `CannotHonour` where more layers are to stay on the device than there are."""
+    if wanted > total:
+        raise CannotHonour(f"--resident-layers {wanted}: the model has {total} layers", f"at most {total}")
+
+
 @contextmanager
 def handing_over(packer: Packer) -> Iterator[None]:
     """Within, transformers' loader shows every weight it sets to `packer`, and makes one at a time."""
     from transformers import core_model_loading, modeling_utils
 
     with (
-        _replaced(core_model_loading, "set_param_for_module", _then(packer.took)),
+        replaced(core_model_loading, "set_param_for_module", _then(packer.took)),
         # it would reserve the whole model's size on the card
-        _replaced(modeling_utils, "caching_allocator_warmup", lambda _stock: lambda *_, **__: None),
+        replaced(modeling_utils, "caching_allocator_warmup", lambda _stock: lambda *_, **__: None),
         one_weight_at_a_time(),
     ):
         yield
@@ -146,7 +171,8 @@ def _then(took: Callable[[Any, str], None]) -> Callable[[Any], Any]:
 
 
 @contextmanager
-def _replaced(module: Any, name: str, make: Callable[[Any], Any]) -> Iterator[None]:
+def replaced(module: Any, name: str, make: Callable[[Any], Any]) -> Iterator[None]:
+    """Within, the attribute `name` of a module or class is what `make` makes of it."""
     stock = getattr(module, name)
     setattr(module, name, make(stock))
     try:

@@ -7,21 +7,24 @@ called at all but what `backward` puts there.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import nn
 
+from executor.streaming.arena import Arena
 from executor.streaming.link import open_link
+from executor.streaming.ring import DiskBlock, Ring
 from executor.streaming.schedule import Copy, Schedule
 from executor.streaming.slab import Layout
+from planner.memory.stream import RING_BUFFERS
 
 
 @dataclass(eq=False)
 class StreamedLayer:
-    """One layer whose weights wait in host memory. `index` counts the streamed layers."""
+    """One layer whose weights wait in host memory or on disk. `index` counts the streamed layers."""
 
     index: int
     module: nn.Module
@@ -30,7 +33,8 @@ class StreamedLayer:
     layout: Layout
     places: tuple[tuple[tuple[Any, str], ...], ...]
     """For each piece of the layout, the attributes that must name it."""
-    slab: torch.Tensor
+    slab: torch.Tensor | DiskBlock
+    """Its bytes in host memory, or where they are on disk."""
     slot: int | None = field(default=None, init=False)
     """The slot its attributes point into."""
 
@@ -43,9 +47,15 @@ class StreamedLayer:
 
 
 class Streamer:
-    """Carries the slabs of `layers` through `slots` slots on `device`."""
+    """Carries the slabs of `layers` through `slots` slots on `device`.
 
-    def __init__(self, layers: Sequence[StreamedLayer], slots: int, device: torch.device) -> None:
+    Those on disk come by way of a ring of buffers in `arena`. A copy from there that is not read yet waits
+    until the layer is asked for, so that the layers before it are under way by then.
+    """
+
+    def __init__(
+        self, layers: Sequence[StreamedLayer], slots: int, device: torch.device, arena: Arena | None = None
+    ) -> None:
         self.layers = tuple(layers)
         self.slots = slots
         size = max(layer.layout.nbytes for layer in layers)
@@ -54,7 +64,11 @@ class Streamer:
         layouts = {layer.layout for layer in layers}
         self._views = [{layout: layout.views(buffer) for layout in layouts} for buffer in self._buffers]
         self._schedule = Schedule(len(layers), slots)
-        self._link = open_link(device, slots)
+        self._waiting: dict[int, StreamedLayer] = {}
+        """By slot: layers that the schedule has put there and that were not sent yet."""
+        self._on_disk = {layer.index: layer.slab for layer in layers if isinstance(layer.slab, DiskBlock)}
+        self._ring = _open_ring(self._on_disk, arena or Arena(device)) if self._on_disk else None
+        self._link = open_link(device, slots, arena)
         self._present: StreamedLayer | None = None
         self._hooks = [hook for layer in layers for hook in self._attach(layer)]
         self._copy(self._schedule.begin())
@@ -76,12 +90,19 @@ class Streamer:
 
     def acquire(self, layer: StreamedLayer) -> None:
         """The weights of `layer` may be read by the work given to the device from now on, until another
-        layer is acquired."""
+        layer is acquired.
+
+        Errors: `BadWeights` where a layer cannot be read from disk.
+        """
+        if self._waiting:
+            self._send_what_is_read()
         if self._present is layer:
             return
-        self._present = layer
         self._copy(self._schedule.visit(layer.index, turns=layer.module.training))
         slot = self._schedule.slot_of(layer.index)
+        if slot in self._waiting:
+            self._send(slot)
+        self._present = layer
         self._link.wait_for(slot)
         if layer.slot != slot:
             layer.point_to(slot, self._views[slot][layer.layout])
@@ -92,11 +113,41 @@ class Streamer:
             self._copy(self._schedule.release())
 
     def _copy(self, copies: Sequence[Copy]) -> None:
-        if copies:
-            self._link.after_reads()
+        if not copies:
+            return
+        self._link.after_reads()
         for copy in copies:
-            slab = self.layers[copy.layer].slab
-            self._link.send(slab, self._buffers[copy.slot][: slab.numel()], copy.slot)
+            self._waiting[copy.slot] = self.layers[copy.layer]
+        if self._ring is not None:
+            self._ring.expect(self._next_from_disk())
+        self._send_what_is_read()
+
+    def _next_from_disk(self) -> list[int]:
+        """Layers on disk in the order they will be copied, first those that slots wait for."""
+        waiting = [layer.index for layer in self._waiting.values() if layer.index in self._on_disk]
+        others = self._schedule.next_copies(self._on_disk.keys() - waiting)
+        return waiting + others
+
+    def _send_what_is_read(self) -> None:
+        for slot, layer in list(self._waiting.items()):
+            if self._ring is None or isinstance(layer.slab, torch.Tensor) or self._ring.is_full(layer.index):
+                self._send(slot)
+
+    def _send(self, slot: int) -> None:
+        layer = self._waiting[slot]
+        buffer = self._buffers[slot][: layer.slab.numel()]
+        if isinstance(layer.slab, torch.Tensor):
+            self._link.send(layer.slab, buffer, slot)
+        else:
+            self._send_from_disk(layer.index, buffer, slot)
+        del self._waiting[slot]  # what failed stays: nobody must find the slot filled
+
+    def _send_from_disk(self, index: int, buffer: torch.Tensor, slot: int) -> None:
+        assert self._ring is not None
+        if not self._ring.is_full(index):
+            self._ring.expect([index, *self._next_from_disk()])
+        self._link.send(self._ring.lend(index), buffer, slot)
+        self._ring.give_back(index, self._link.mark())
 
     def locate(self, tensor: torch.Tensor) -> tuple[StreamedLayer, int] | None:
         """The layer in whose slot `tensor` is, and at which byte; None for memory of its own."""
@@ -120,18 +171,34 @@ class Streamer:
         buffer = self._buffers[self._schedule.slot_of(layer.index)]
         return buffer.view(dtype).as_strided(shape, stride, offset // dtype.itemsize)
 
+    @property
+    def layers_on_disk(self) -> int:
+        """How many of the layers are read from disk in every pass."""
+        return len(self._on_disk)
+
     def traffic(self) -> dict[str, Any]:
-        """`bytes_streamed` and `link_bytes_per_s` so far, as the report names them."""
+        """`bytes_streamed` and `link_bytes_per_s` so far, and what came from disk, as the report names it."""
         link = self._link
         link.settle()
+        read, seconds = self._ring.figures() if self._ring is not None else (0, 0.0)
         return {
             "bytes_streamed": link.bytes,
             "link_bytes_per_s": link.bytes / link.seconds if link.seconds > 0 else None,
+            "disk_bytes_read": read,
+            "disk_bytes_per_s": read / seconds if seconds > 0 else None,
         }
 
     def close(self) -> None:
         """Take the hooks away; the weights are gone after that."""
         for hook in self._hooks:
             hook.remove()
+        self._waiting.clear()
+        if self._ring is not None:
+            self._ring.close()
         self._link.settle()
         self._buffers, self._views = [], []
+
+
+def _open_ring(blocks: Mapping[int, DiskBlock], arena: Arena) -> Ring:
+    size = max(block.nbytes for block in blocks.values())
+    return Ring(blocks, [arena.take(size) for _ in range(min(RING_BUFFERS, len(blocks)))])

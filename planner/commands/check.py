@@ -12,7 +12,7 @@ from planner.estimate import architecture_of
 from planner.ledger import Entry, with_measured
 from planner.render.output import note, print_json
 from planner.resolve import resolve
-from planner.survey import Answer, Question, Survey, Target, smallest, survey
+from planner.survey import Answer, Question, Survey, Target, smallest, smallest_streamed, survey, too_large
 from planner.types import GOOD, Machine, Task, Workload
 from profiles.hardware import all_gpus
 
@@ -35,6 +35,7 @@ def run(args: Namespace) -> int:
         workloads=workloads,
         targets=found,
         smallest_cards=smallest(question, all_gpus(), SMALLEST_CARDS),
+        streamed=smallest_streamed(question, all_gpus(), too_large(found), SMALLEST_CARDS),
     )
     if args.json:
         print_json(as_json(page))
@@ -103,6 +104,7 @@ def as_json(page: Survey) -> dict[str, Any]:
         "workloads": page.workloads,
         "targets": [_target_json(target) for target in page.targets],
         "smallest_cards": page.smallest_cards,
+        "streamed": page.streamed,
     }
 
 

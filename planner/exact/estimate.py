@@ -106,6 +106,8 @@ def _refuse(machine: Machine, work: Workload, how: Strategy) -> None:
         raise BadOption("--exact traces one card, not several that share the layers", "name one card")
     if how.activation_offload or how.speculate != "none" or how.cache in ("offloaded", "quantized"):
         raise BadOption("--exact does not trace host offload, packed caches or drafts", "leave out --exact")
+    if how.quant_experts != "none":
+        raise BadOption("--exact traces transformers' own experts, not packed ones", "leave out --exact")
 
 
 def _installed() -> Stack:

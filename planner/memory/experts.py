@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from planner.memory.activations import activation
-from planner.memory.forward import Pass, multiply
+from planner.memory.forward import CUSTOM_GEMM_TOKENS, Pass, multiply
 from planner.memory.tape import Tape, Tensor
+from profiles.precisions import load_precisions, weight_bytes_per_parameter
 from profiles.schema import Experts
 
 
@@ -22,20 +23,30 @@ def routed_experts(tape: Tape, p: Pass, y: Tensor, spec: Experts, act: str) -> T
     up_spec, down_spec = _expert_weights(spec, d)
     if not p.train and p.seq == 1 and spec.fused:
         # decode copies the weights of every expert a token picked (transformers switches to batched_mm)
-        tape.touch(pairs * (up_spec + down_spec) // max(1, spec.count) * w)
+        tape.touch(_copied(p, spec, pairs, up_spec, down_spec))
+    up_size = up_spec // max(1, spec.count * d)
+    temp, back_temp = _beside(p, spec, up_spec, up_size)
     up_w = tape.parameter(up_spec * w, p.full)
     down_w = tape.parameter(down_spec * w, p.full)
     keep = (picked,) if p.full else ()
     biases = [item for item in spec.parameters if item.name.endswith("bias")]
     bias = tape.new(pairs * biases[0].shape[-1] * w) if biases else None  # of each pair's expert
-    both = tape.op((picked, up_w), pairs * (up_spec // max(1, spec.count * d)) * w, save=keep)
+    both = tape.op(
+        (picked, up_w),
+        pairs * up_size * w,
+        save=keep,
+        temp=temp,
+        back_temp=back_temp,
+    )
     gate, up = tape.view(both, both.bytes // 2), tape.view(both, both.bytes // 2)
     middle = _clamped(tape, gate, up) if p.clamped_experts else _activated(tape, p, gate, up, act)
     tape.free(both, gate, up)
     if biases:
         tape.free(bias)
         bias = tape.new(pairs * d * w)
-    out = tape.op((middle, down_w), pairs * d * w, save=(middle,) if p.full else ())
+    temp, back_temp = _beside(p, spec, down_spec, d)
+    keep = (middle,) if p.full else ()
+    out = tape.op((middle, down_w), pairs * d * w, save=keep, temp=temp, back_temp=back_temp)
     tape.free(middle)
     wide = max(w, weights.width)
     # the gradient of a weight is a product with every feature, summed; that of an output is cast back
@@ -50,6 +61,28 @@ def routed_experts(tape: Tape, p: Pass, y: Tensor, spec: Experts, act: str) -> T
     out_total = tape.cast(total, y.width)
     tape.free(total, restored, scores, weights, index, out, picked, bias)
     return out_total
+
+
+def _copied(p: Pass, spec: Experts, pairs: int, up: int, down: int) -> int:
+    """Bytes of the experts' weights that a decode step copies. Packed ones one projection at a time, and only
+    where their number is small (`executor/packed_experts.py`)."""
+    if not p.packed_experts:
+        return pairs * (up + down) // max(1, spec.count) * p.width
+    if 2 * pairs > spec.count:
+        return 0
+    return int(
+        pairs * max(up, down) / max(1, spec.count) * weight_bytes_per_parameter(load_precisions()["nf4"])
+    )
+
+
+def _beside(p: Pass, spec: Experts, weights: int, outputs: int) -> tuple[int, int]:
+    """Bytes beside a product with packed experts, forward and backward: the product of one expert's rows, and
+    its weight, forward only where bitsandbytes multiplies so many rows by no packed one."""
+    if not (p.packed_experts and spec.fused):
+        return 0, 0
+    weight = weights // max(1, spec.count) * p.width
+    rows = -(-p.tokens * spec.per_token // max(1, spec.count))
+    return rows * outputs * p.width + (weight if rows > CUSTOM_GEMM_TOKENS else 0), weight
 
 
 def _activated(tape: Tape, p: Pass, gate: Tensor, up: Tensor, act: str) -> Tensor:

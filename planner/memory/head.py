@@ -3,7 +3,8 @@
 The loss is transformers' `ForCausalLMLoss` (loss/loss_utils.py): logits in the compute dtype, upcast to
 float32, `log_softmax` kept for backward, then two more float32 copies of [T, V] when backward starts.
 Accelerate's mixed precision also returns float32 logits. The fused loss never holds more than a chunk of
-them: the executor's own, or liger's where its kernels run.
+them: liger's, a few tokens by the whole vocabulary (liger_kernel/ops/fused_linear_cross_entropy.py); torch's,
+a block of the vocabulary by many tokens (`planner/exact/chunked_loss.py`).
 """
 
 from __future__ import annotations
@@ -13,11 +14,12 @@ from functools import lru_cache
 from msgspec import Struct
 
 from planner.memory.forward import Pass, norm
+from planner.memory.stream import head_block_rows
 from planner.memory.tape import Tape, Tensor, rounded
 from profiles.schema import Architecture, Norm
 
-CHUNK = 512
-"""Tokens whose logits exist at once in the executor's chunked loss."""
+CHUNK_LOGITS = 8 * 2**20
+"""Most logits that torch's fused loss has at once: 32 MiB in float32, one block by a chunk of tokens."""
 
 
 class HeadCost(Struct, frozen=True):
@@ -54,8 +56,10 @@ def head_cost(end: Ending, p: Pass, fused: bool) -> HeadCost:
     x = tape.new(p.tokens * end.hidden * p.stream, needs_grad=True, width=p.stream)
     y = norm(tape, p, x, end.norm, p.tokens) if end.norm else tape.hold(x)
     tape.free(x)
-    run = _full_loss if not fused else _liger_loss if p.liger else _chunked_loss
-    loss = run(tape, p, y, end)
+    if fused:
+        loss = _liger_loss(tape, p, y, end) if p.liger else _chunked_loss(tape, p, y, end)
+    else:
+        loss = _full_loss(tape, p, y, end)
     forward_peak, saved = tape.peak, tape.live
     tape.mark()
     loss.grad = tape.new(512)
@@ -112,12 +116,11 @@ def fused_chunk_rows(t: int, v: int, d: int) -> int:
 
 
 def largest_block(end: Ending, p: Pass, fused: bool) -> int:
-    """The biggest block of a step: one float32 copy of the logits, or of a chunk's; none worth naming where
+    """The biggest block of a step: one float32 copy of the logits, or of a block's; none worth naming where
     liger keeps a few rows of them."""
     if fused and p.liger:
         return 0
-    rows = min(CHUNK, p.batch * (p.seq - 1)) if fused else p.tokens
-    return rounded(4 * rows * end.vocab)
+    return rounded(4 * (min(CHUNK_LOGITS, p.tokens * end.vocab) if fused else p.tokens * end.vocab))
 
 
 def _liger_loss(tape: Tape, p: Pass, y: Tensor, end: Ending) -> Tensor:
@@ -136,50 +139,30 @@ def _liger_loss(tape: Tape, p: Pass, y: Tensor, end: Ending) -> Tensor:
 
 
 def _chunked_loss(tape: Tape, p: Pass, y: Tensor, end: Ending) -> Tensor:
-    """The executor's own loss in chunks, each computed again in backward (planner/exact/chunked_loss.py)."""
-    if end.scale:
-        y = tape.op((y,), y.bytes)
-    rest, d = p.batch * (p.seq - 1), end.hidden
-    flat = tape.op((y,), rest * d * y.width) if p.batch > 1 else tape.view(y, rest * d * y.width)
-    weight = tape.parameter(end.vocab * d * p.width, p.full)
-    total = tape.new(512)
-    while rest > 0:
-        rows = min(CHUNK, rest)
-        cost = _chunk_cost(end, rows, p, y.width)
-        piece = tape.view(flat, rows * d * y.width)
-        tape.touch(cost.forward)
-        # the product's backward, then that of the loss, which comes first and has computed both again
-        logits = tape.op((piece, weight), 512, back_temp=cost.product, save=(piece,))
-        part = tape.op((logits,), 512, back_temp=cost.loss, save=(logits,))
-        before, total = total, tape.add(total, part)
-        tape.free(piece, logits, part, before)
-        rest -= rows
-    if p.autocast:  # accelerate takes the hidden states that the projection handed through for logits
-        returned = tape.new(4 * p.tokens * d)
-        tape.free(returned)
-    tape.free(flat, y)
-    return total
-
-
-class _ChunkCost(Struct, frozen=True):
-    forward: int
-    """Most bytes of a chunk's pass without recording."""
-    loss: int
-    """Most bytes of computing it again and of backward down to the logits."""
-    product: int
-    """Bytes beside the gradients in backward of the projection."""
-
-
-@lru_cache(maxsize=1024)
-def _chunk_cost(end: Ending, rows: int, p: Pass, width: int) -> _ChunkCost:
-    n = rows * end.vocab
-    casts = end.vocab * end.hidden * p.width if p.upcast and p.autocast else 0
-    narrow = rows * end.hidden * p.width if width != p.width and p.autocast else 0
-    capped = 4 * n if end.softcap else 0
-    # logits in 16 bits and upcast; upcast and log-softmax; capping divides, bounds and multiplies
-    forward = max(casts + narrow + (p.width + 4) * n, 8 * n + capped)
-    saved = casts + (narrow if p.full else 0) + capped
-    recompute = saved + max((p.width + 4) * n, 8 * n)
-    # log-softmax, its gradient, the gradient of the logits
-    backward = saved + 12 * n
-    return _ChunkCost(forward, max(recompute, backward), casts + p.width * n)
+    t, v, d = p.tokens, end.vocab, end.hidden
+    weight = tape.parameter(v * d * p.width, p.full)
+    if end.scale:  # of what the output projection hands through
+        scaled = tape.op((y,), y.bytes)
+        tape.free(y)
+        y = scaled
+    narrow = tape.cast(y, p.width)
+    sums = tape.new(4 * t)  # log of the sum of exponents, one a token
+    rows = head_block_rows(v, d, p.width)
+    part = min(t, max(1, CHUNK_LOGITS // rows)) * rows
+    cast = rows * d * p.width if p.upcast and p.autocast else 0
+    # logits as they come and in float32, then those beside what logsumexp makes of them
+    tape.touch(cast + 8 * part)
+    wide, answer = 4 * t * d, rounded(t * d * p.width)
+    slopes = part * ((4 if p.width == 4 else 4 + p.width) + (4 if end.softcap else 0))
+    products = rounded(part // rows * d * p.width) + (4 * rows * d if p.full else 0)
+    loss = tape.op(
+        (narrow, weight),
+        512,
+        save=(narrow, sums),
+        # the gradient in float32 beside the parts, and at the end beside its copy in the compute dtype
+        back_temp=wide + max(0, cast + slopes + products - answer),
+    )
+    if p.autocast:  # accelerate's ConvertOutputsToFp32 takes the hidden states for logits
+        tape.touch(wide)
+    tape.free(sums, narrow, y)
+    return loss

@@ -20,7 +20,9 @@ _STORED = {"float32": 4, "float16": 2, "bfloat16": 2, "float8_e4m3fn": 1}
 _STORED_BITS = {
     "fp8": 8.1,
     "mxfp4": 4.25,
-    "bitsandbytes": 4.6,
+    "bitsandbytes-nf4": 4.6,
+    "bitsandbytes-fp4": 4.6,
+    "bitsandbytes-int8": 8.3,
     "awq": 4.3,
     "gptq": 4.3,
     "compressed-tensors": 4.5,
@@ -30,19 +32,20 @@ _STORED_BITS = {
 def host_memory(
     *,
     on_card: bool,
-    in_ram_bytes: int,
     managed_bytes: int,
     pinned_bytes: int,
-    slab_bytes: int = 0,
-    largest_tensor_bytes: int,
-    saved_bytes: int,
+    in_ram_bytes: int = 0,
+    streamed: tuple[MemoryLine, ...] = (),
+    largest_tensor_bytes: int = 0,
+    saved_bytes: int = 0,
     run_bytes: int = 0,
 ) -> HostEstimate:
-    """Peak RAM. `slab_bytes`: of streamed layers; `run_bytes`: allocated peak of a run on the CPU itself."""
+    """Peak RAM. `streamed`: page-locked memory of engine stream; `run_bytes`: allocated peak of a run on the
+    CPU itself."""
     lines = (
         line("process", process_ram(on_card), "Python, torch and libraries", "measured"),
         line("offloaded weights", in_ram_bytes, "layers kept in RAM, unquantized under accelerate"),
-        line("streamed layers", slab_bytes, "one block a layer, page-locked"),
+        *streamed,
         line("run", run_bytes, "weights, activations and cache on the CPU", "modelled"),
         line("offloaded cache or checkpoints", pinned_bytes, "pinned, copied to the card and back"),
         line("paged optimizer state", managed_bytes, "managed memory: RAM stands behind it"),
@@ -56,7 +59,7 @@ def host_memory(
     kept = tuple(item for item in lines if item.bytes)
     return HostEstimate(
         ram_bytes=sum(item.bytes for item in kept),
-        pinned_bytes=pinned_bytes + slab_bytes,
+        pinned_bytes=pinned_bytes + sum(item.bytes for item in streamed),
         components=kept,
     )
 
@@ -91,7 +94,7 @@ def disk_space(
         line(
             "offload folder",
             on_disk_bytes,
-            "experts put together while loading; other layers on disk are read where the checkpoint is",
+            "layers that stream from disk, or experts that accelerate's offload puts together",
         ),
     ]
     if work.task == "train":

@@ -21,16 +21,25 @@ from planner.memory.weights import WIDTH, layer_linears, load_transient_bytes, w
 from planner.types import MemoryLine, Strategy, Workload
 from profiles.schema import Architecture, Attention
 
+CHECKED_TOKENS = 64
+"""Most tokens of a pass that checks a draft, the token before the draft counted in."""
+
 
 def prefill_pass(arch: Architecture, work: Workload, how: Strategy) -> Pass:
-    """Shapes and numerics of the prompt's forward pass."""
+    """Shapes and numerics of the prompt's forward pass; of the last and largest one of a prompt in parts,
+    which sdpa takes with a mask."""
     width = WIDTH[how.dtype]
+    chunk = how.prefill_chunk_tokens or work.prompt_tokens
+    past = max(0, work.prompt_tokens - chunk)
     return Pass(
         batch=work.sequences,
-        seq=work.prompt_tokens,
+        seq=work.prompt_tokens - past,
+        past=past,
+        masked=past > 0,
         width=width,
         stream=width,
         quant=how.quant,
+        packed_experts=how.quant_experts != "none",
         attention=how.attention,
         cache=how.cache,
         **habits(arch.model_type, False),
@@ -54,12 +63,16 @@ def inference_memory(arch: Architecture, work: Workload, how: Strategy, workspac
         ),
         line("library workspace", workspace, "cuBLAS", "measured"),
     )
-    one = decode_pass(p, tokens)
+    checked = 1 if how.speculate == "none" else CHECKED_TOKENS
+    one = decode_pass(p, tokens, checked)
     fixed = (*lasting, _inputs(arch, p, tokens))
     kv = cache_bytes(arch, batch, work.prompt_tokens, tokens, width, how.cache)
     stream = rounded(p.tokens * arch.hidden_size * p.stream)
     logits = rounded(batch * arch.vocab_size * (width + 4))
+    # assisted generation keeps the float32 logits of a pass twice: as they came and as they are processed
+    judged = logits if checked == 1 else rounded(batch * checked * arch.vocab_size * (width + 8))
     worst, others = _fullest(arch, p, kv)
+    worst += _beside_part(arch, p, kv)
     hidden = 2 * stream
     if p.embeddings in ("positioned", "placed"):
         hidden += stream // (work.sequences if p.embeddings == "positioned" else 1)
@@ -104,8 +117,8 @@ def inference_memory(arch: Architecture, work: Workload, how: Strategy, workspac
                 # the first token finds what the prompt left, the last one all
                 line("kv cache", max(kv.prefill, kv.final), f"{how.cache}: {batch} x {tokens} tokens"),
                 line("kv copy", kv.growth, "one layer's cache, copied or unpacked when it grows"),
-                line("layer in work", step, "one token through one layer", "modelled"),
-                line("logits", logits, f"{batch} x {arch.vocab_size}"),
+                line("layer in work", step, f"{_tokens(checked)} through one layer", "modelled"),
+                line("logits", judged, f"{batch * checked} x {arch.vocab_size}"),
             ),
         ),
     ]
@@ -127,12 +140,13 @@ def _fullest(arch: Architecture, p: Pass, cache: CacheBytes) -> tuple[int, int]:
     """(bytes in work, bytes of cache beside it) at the layer where the prompt's pass holds most.
 
     A growing cache fills layer by layer, and the tape counts what the layer in work adds; a recurrent state
-    is there before its layer runs. An offloaded cache leaves the card behind each layer; while the last one
-    runs, the first is on its way back.
+    is there before its layer runs. The parts of a prompt find the cache of those before them. An offloaded
+    cache leaves the card behind each layer; while the last one runs, the first is on its way back.
     """
     costs = [layer_cost(layer, p, arch.hidden_size).forward_peak for layer in arch.kinds]
-    if p.cache == "static":
+    if p.cache == "static" or p.past:
         return max(costs), cache.prefill
+    assert p.cache
     recurrent = [layer.attention.kind == "recurrent" for layer in arch.kinds]
     owned = [filled_bytes(layer.attention, p.batch, p.seq, p.width, p.cache) for layer in arch.kinds]
     filled, best = 0, (0, 0)
@@ -145,9 +159,23 @@ def _fullest(arch: Architecture, p: Pass, cache: CacheBytes) -> tuple[int, int]:
     return best
 
 
-def decode_pass(p: Pass, tokens: int) -> Pass:
-    """The pass of one decoded token."""
-    return replace(p, seq=1, past=tokens - 1)
+def decode_pass(p: Pass, tokens: int, checked: int = 1) -> Pass:
+    """The last decode pass: over one token, or over the `checked` ones of a draft, which come with a mask."""
+    checked = min(checked, tokens)
+    return replace(p, seq=checked, past=tokens - checked, masked=checked > 1)
+
+
+def _beside_part(arch: Architecture, p: Pass, kv: CacheBytes) -> int:
+    """What a part of a prompt needs beside its own tensors, for those before it: a layer's cache is copied as
+    it grows, and its keys and values for every query head, since a part comes with a mask."""
+    if not p.past:
+        return 0
+    repeated = max(_repeated_bytes(layer.attention, p.batch * p.past * p.width) for layer in arch.kinds)
+    return max(kv.growth, repeated)
+
+
+def _tokens(count: int) -> str:
+    return "one token" if count == 1 else f"{count} tokens"
 
 
 def _repeated_bytes(spec: Attention, token_bytes: int) -> int:

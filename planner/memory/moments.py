@@ -6,11 +6,12 @@ from collections.abc import Iterable
 from functools import cached_property
 
 from msgspec import Struct
+from msgspec.structs import replace
 
 from planner.types import Basis, MemoryLine, Moment
 
 
-class Snapshot(Struct, frozen=True):
+class Snapshot(Struct, frozen=True, dict=True):
     """What is alive at one moment. Lines add up to the allocated bytes of that moment."""
 
     moment: Moment
@@ -18,7 +19,7 @@ class Snapshot(Struct, frozen=True):
     largest_block: int = 0
     """Biggest single allocation asked for at that moment: what fragmentation must leave room for."""
 
-    @property
+    @cached_property
     def bytes(self) -> int:
         """Allocated bytes."""
         return sum(line.bytes for line in self.lines)
@@ -48,6 +49,12 @@ class CardMemory(Struct, frozen=True, kw_only=True, dict=True):
         for shot in sorted(self.snapshots, key=lambda s: s.bytes):
             best[shot.moment, shot.largest_block] = shot
         return tuple(best.values())
+
+    @cached_property
+    def lean(self) -> CardMemory:
+        """The same run with no more snapshots than decide anything, in their order."""
+        kept = set(map(id, self.leading))
+        return replace(self, snapshots=tuple(shot for shot in self.snapshots if id(shot) in kept))
 
     @cached_property
     def by_moment(self) -> dict[str, int]:

@@ -41,6 +41,8 @@ class Pass(Struct, frozen=True, kw_only=True):
     """LoRA on attention linears only (q, k, v, o)."""
     fused_experts: bool = False
     """Experts are 3-D parameters: LoRA leaves them, and linears called like them, alone."""
+    packed_experts: bool = False
+    """Experts are quantized: each is dequantized when its rows are multiplied by it."""
     rank: int = 8
     dropout: float = 0.05
     adapter_width: int = 4
@@ -96,6 +98,8 @@ class Numerics(Struct, frozen=True):
     inline_feed_forward: frozenset[str]
     shared_first: frozenset[str]
     clamped_experts: frozenset[str]
+    shared_code: frozenset[str]
+    """Experts run in transformers' common code, which engines replace where they are quantized."""
     routers: dict[str, str]
     layer_norm: dict[str, str]
     embeddings: dict[str, str]

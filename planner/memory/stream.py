@@ -2,8 +2,8 @@
 
 Every streamed layer is one block of page-locked RAM, its slab: tensors begin at multiples of 256 bytes, a
 slab ends at a multiple of 4 KiB. The card has `SLOTS` blocks of the largest slab's size for all of them
-together. Embeddings, final norm and output projection stay on the card, as do buffers and the few parameters
-that belong to a layer itself.
+together. Buffers stay on the card, as do the few parameters that belong to a layer itself. What a whole run
+takes is in `streamed`.
 """
 
 from __future__ import annotations
@@ -11,19 +11,36 @@ from __future__ import annotations
 from collections.abc import Iterator
 from functools import lru_cache
 
-from msgspec.structs import replace
-
-from planner.memory.moments import CardMemory, line
-from planner.memory.tape import rounded
-from planner.memory.weights import WIDTH, layer_linears, parameter_bytes, weight_bytes
+from planner.memory.weights import WIDTH, layer_linears, packed_stack, parameter_bytes
 from planner.placement import spread_evenly
-from planner.types import MemoryLine, Strategy
-from planner.units import format_bytes
+from planner.units import MIB
 from profiles.precisions import load_precisions, stored_bytes
 from profiles.schema import Architecture, Layer, Linear, Parameter
 
 SLOTS = 2
 """One to read and one to fill: a third would hold what can as well be a resident layer."""
+
+RING_BUFFERS = 3
+"""Blocks of page-locked RAM that layers of the disk tier pass through, each of the largest slab's size: one
+read by the link, one ready, one filled from disk."""
+
+HEAD_BLOCK_BYTES = 64 * MIB
+"""Most bytes of one block of vocabulary rows: large enough for the link's full rate, and its logits small.
+
+A streamed output projection has no slots of its own: its blocks follow the last layer through those of the
+layers, so each slot has the size of the largest slab or block. In RAM it is one page-locked block of V x D,
+which serves tied embeddings too."""
+
+GATHER_BYTES = 16 * MIB
+"""Page-locked RAM beside embeddings that stay on the host: the rows of a pass's tokens are gathered there,
+half of it while the other half is copied to the card."""
+
+
+def head_block_rows(vocab: int, hidden: int, width: int) -> int:
+    """Vocabulary rows of one block, a multiple of 128 unless they are all; `width`: bytes of an element."""
+    rows = HEAD_BLOCK_BYTES // (hidden * width) // 128 * 128
+    return min(vocab, max(128, rows))
+
 
 _TENSOR, _SLAB = 256, 4096
 _OFFSET = {"nf4": (4,)}
@@ -32,13 +49,13 @@ _TABLES = {"nf4": (16 * 4, 256 * 4)}
 """Code books, which all streamed weights share."""
 
 
-def slab_bytes(layer: Layer, quant: str, width: int) -> int:
+def slab_bytes(layer: Layer, quant: str, width: int, quant_experts: str = "none") -> int:
     """Bytes of one layer's slab. `width`: of an element that is not quantized."""
-    used = sum(-(-size // _TENSOR) * _TENSOR for size in _tensors(layer, quant, width))
+    used = sum(-(-size // _TENSOR) * _TENSOR for size in _tensors(layer, quant, width, quant_experts))
     return -(-used // _SLAB) * _SLAB
 
 
-def _tensors(layer: Layer, quant: str, width: int) -> Iterator[int]:
+def _tensors(layer: Layer, quant: str, width: int, quant_experts: str) -> Iterator[int]:
     """Bytes of every tensor that is streamed with a layer."""
     attention, channel = layer.attention, layer.feed_forward
     for norm in (*layer.norms, *attention.norms, *channel.norms):
@@ -53,7 +70,11 @@ def _tensors(layer: Layer, quant: str, width: int) -> Iterator[int]:
                 yield from _linear(router, quant, width)
             else:
                 parameters.append(router)
-        parameters += experts.parameters if experts.fused else ()
+        for item in experts.parameters if experts.fused else ():
+            if quant_experts != "none" and len(item.shape) == 3:
+                yield from packed_stack(item, quant_experts)
+            else:
+                parameters.append(item)
         for linear in () if experts.fused else experts.linears * experts.count:
             yield from _linear(linear, quant, width)
     for item in parameters:
@@ -77,9 +98,9 @@ def _stays(item: Parameter) -> bool:
 
 
 @lru_cache(maxsize=1024)
-def slabs(arch: Architecture, quant: str, dtype: str) -> tuple[int, ...]:
+def slabs(arch: Architecture, quant: str, dtype: str, quant_experts: str = "none") -> tuple[int, ...]:
     """Bytes of the slab of every layer, in order."""
-    kinds = [slab_bytes(layer, quant, WIDTH[dtype]) for layer in arch.kinds]
+    kinds = [slab_bytes(layer, quant, WIDTH[dtype], quant_experts) for layer in arch.kinds]
     return tuple(kinds[kind] for kind in arch.order)
 
 
@@ -89,54 +110,14 @@ def streamed_layers(arch: Architecture, resident: int) -> tuple[int, ...]:
     return tuple(index for index in range(arch.layers) if index not in kept)
 
 
-def pinned_bytes(arch: Architecture, how: Strategy, resident: int) -> int:
-    """Page-locked RAM of all streamed layers."""
-    sizes = slabs(arch, how.quant, how.dtype)
-    return sum(sizes[index] for index in streamed_layers(arch, resident))
+def table_bytes(quant: str) -> tuple[int, ...]:
+    """Bytes of the code books that all streamed weights of a precision share."""
+    return _TABLES.get(quant, ())
 
 
-def streamed_memory(memory: CardMemory, arch: Architecture, how: Strategy, resident: int) -> CardMemory:
-    """The same run with all but `resident` layers in RAM, passing through slots.
-
-    Loading brings one layer to the card at a time, beside what stays; the slots are made afterwards.
-    """
-    away = streamed_layers(arch, resident)
-    if not away:
-        return memory
-    weights = weight_bytes(arch, how.quant, how.quant_experts, how.dtype)
-    sizes = slabs(arch, how.quant, how.dtype)
-    left = sum(weights.layers[arch.order[index]] - _left_behind(arch, index, how) for index in away)
-    count, largest = min(SLOTS, len(away)), max(sizes[index] for index in away)
-    tables = sum(rounded(table) for table in _TABLES.get(how.quant, ()))
-    slots = line(
-        "slots",
-        count * rounded(largest) + tables,
-        f"{count} x {format_bytes(largest)} for {len(away)} streamed layers",
-    )
-    stays = memory.load_bytes - left
-    passing = max(weights.layers[arch.order[index]] for index in away)
-    beside = memory.load_peak_bytes - memory.load_bytes
-    text = f"{resident} of {arch.layers} layers and all else that is no layer, {format_bytes(left)} in RAM"
-
-    def change(lines: tuple[MemoryLine, ...]) -> tuple[MemoryLine, ...]:
-        kept = (
-            replace(item, bytes=item.bytes - left, formula=text) if item.name == "weights" else item
-            for item in lines
-        )
-        return (*kept, slots)
-
-    return replace(
-        memory,
-        load_bytes=stays + slots.bytes,
-        load_peak_bytes=stays + max(slots.bytes, passing + beside),
-        snapshots=tuple(replace(shot, lines=change(shot.lines)) for shot in memory.snapshots),
-    )
-
-
-def _left_behind(arch: Architecture, index: int, how: Strategy) -> int:
-    layer = arch.kinds[arch.order[index]]
+def left_behind(layer: Layer, width: int) -> int:
+    """Bytes of a streamed layer that stay on the card: buffers, and parameters of the layer itself."""
     experts = layer.feed_forward.experts
     routers = experts.router if experts is not None else ()
     items = [*layer.parameters, *layer.attention.parameters, *layer.feed_forward.parameters, *routers]
-    width = WIDTH[how.dtype]
     return sum(parameter_bytes(item, width) for item in items if isinstance(item, Parameter) and _stays(item))

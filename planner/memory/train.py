@@ -36,6 +36,7 @@ def training_pass(arch: Architecture, work: Workload, how: Strategy) -> Pass:
         upcast=how.upcast_frozen,
         autocast=how.dtype != "fp32",
         quant=how.quant,
+        packed_experts=how.quant_experts != "none",
         full=work.method == "full",
         adapters=work.method != "full",
         attention_only=work.lora_targets == "attention",
@@ -73,7 +74,7 @@ def training_memory(arch: Architecture, work: Workload, how: Strategy, workspace
         load_bytes=load,
         load_peak_bytes=load + load_transient_bytes(weights, how.quant),
         managed_bytes=fixed.state.managed,
-        host_bytes=sum(layers.inputs) if offload else 0,
+        host_bytes=sum(layers.inputs[:-IN_FLIGHT]) if offload else 0,
         dequantized_bytes=weights.largest_unquantized if how.quant != "none" else 0,
         snapshots=(*shots, _optimizer_step(fixed)),
     )
@@ -89,7 +90,8 @@ def optimizer_state(arch: Architecture, work: Workload, how: Strategy) -> StateB
 
 
 IN_FLIGHT = 2
-"""Checkpoints on the card at once while the others are in RAM: the one in use and the one on its way."""
+"""Checkpoints on the card at once while the others are in RAM: the one in use and the one on its way. Those
+of the last layers never leave (`executor/activation_offload.py`)."""
 
 
 def _stream(arch: Architecture, p: Pass) -> int:

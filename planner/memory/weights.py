@@ -21,8 +21,9 @@ from profiles.schema import Architecture, Experts, Layer, Linear, Norm, Paramete
 WIDTH = {"bf16": 2, "fp16": 2, "fp32": 4}
 """Bytes of an element in each compute dtype."""
 
-_TABLES = {"nf4": (16 * 4, 256 * 4, 4)}
-"""Bytes of the tensors bitsandbytes keeps beside each weight: code book, nested code book, offset
+_BOOKS = {"nf4": (16 * 4, 256 * 4)}
+_OFFSET = {"nf4": (4,)}
+"""Bytes of the tensors bitsandbytes keeps beside each weight: code book, nested code book; offset
 (`functional.QuantState`)."""
 
 
@@ -38,7 +39,8 @@ class WeightBytes(Struct, frozen=True):
     largest_unquantized: int
     """Biggest single tensor in the compute dtype before quantization: what loading holds beside the rest."""
     largest_fused: int
-    """Biggest fused expert stack: assembled from per-expert tensors while loading."""
+    """Biggest fused expert stack: assembled from per-expert tensors while loading. Where experts are
+    quantized, twice one expert's part of it: they are read, assembled and packed one by one."""
 
     def total(self, order: tuple[int, ...]) -> int:
         """All loaded bytes."""
@@ -54,7 +56,7 @@ def quantized_linear(n: int, rows: int, quant: str, width: int) -> int:
     if quant == "none":
         return rounded(n * width)
     stored = stored_bytes(load_precisions()[quant], rows, n)
-    return sum(rounded(tensor) for tensor in (*stored, *_TABLES.get(quant, ())))
+    return sum(rounded(tensor) for tensor in (*stored, *_BOOKS.get(quant, ()), *_OFFSET.get(quant, ())))
 
 
 def linear_bytes(spec: Linear, quant: str, width: int) -> int:
@@ -84,14 +86,25 @@ def expert_bytes(spec: Experts, quant: str, quant_experts: str, width: int) -> i
         return router + spec.count * sum(linear_bytes(item, quant, width) for item in spec.linears)
     if quant_experts == "none":
         return router + sum(parameter_bytes(item, width) for item in spec.parameters)
-    total = router
     for item in spec.parameters:
         if len(item.shape) == 3:
-            rows = item.shape[1]
-            total += spec.count * quantized_linear(item.elements // spec.count, rows, quant_experts, width)
+            books = _BOOKS.get(quant_experts, ())
+            router += sum(rounded(tensor) for tensor in (*packed_stack(item, quant_experts), *books))
         else:
-            total += parameter_bytes(item, width)
-    return total
+            router += parameter_bytes(item, width)
+    return router
+
+
+def packed_stack(stack: Parameter, quant: str) -> tuple[int, ...]:
+    """Bytes of the tensors of a fused stack whose experts are quantized one by one: packed weights, scales
+    and offsets of all of them side by side (`executor/packed_experts.py`).
+
+    >>> packed_stack(Parameter("down_proj", (8, 4096, 14336)), "nf4")
+    (234881024, 7340032, 114688, 32)
+    """
+    experts, rows, columns = stack.shape
+    each = (*stored_bytes(load_precisions()[quant], rows, rows * columns), *_OFFSET.get(quant, ()))
+    return tuple(experts * tensor for tensor in each)
 
 
 def layer_linears(layer: Layer) -> Iterator[Linear]:
@@ -132,21 +145,21 @@ def weight_bytes(arch: Architecture, quant: str, quant_experts: str, dtype: str)
     other += sum(parameter_bytes(item, width) for item in arch.parameters)
     other += norm_bytes(arch.final_norm, width) if arch.final_norm else 0
     linears = [item for layer in arch.kinds for item in layer_linears(layer)]
+    packed = quant_experts != "none"
     stacks = [
-        parameter_bytes(item, width)
+        item.elements // layer.feed_forward.experts.count * width if packed else parameter_bytes(item, width)
         for layer in arch.kinds
         if layer.feed_forward.experts is not None and layer.feed_forward.experts.fused
         for item in layer.feed_forward.experts.parameters
     ]
+    quantized = [item.inputs * item.outputs * width for item in linears if item.quantized]
     return WeightBytes(
         layers=tuple(layer_bytes(layer, quant, quant_experts, width) for layer in arch.kinds),
         embeddings=sum(parameter_bytes(item, width) for item in arch.embeddings),
         head=rounded(arch.head.parameters * width) if arch.head else 0,
         other=other,
-        largest_unquantized=max(
-            (item.inputs * item.outputs * width for item in linears if item.quantized), default=0
-        ),
-        largest_fused=max(stacks, default=0),
+        largest_unquantized=max((*quantized, *(stacks if packed else ())), default=0),
+        largest_fused=max(stacks, default=0) * (2 if packed else 1),
     )
 
 

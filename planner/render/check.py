@@ -51,6 +51,7 @@ def print_check(out: Console, survey: Survey, architecture: str) -> None:
             out.print()
         print_item(out, line, "", indent=0)
     _print_smallest(out, survey)
+    _print_streamed(out, survey)
     out.print()
     for line in (*assumptions(survey.workloads.values()), *_measurements(survey.targets)):
         print_item(out, line, "", indent=0)
@@ -157,6 +158,8 @@ def verdict(answer: Answer) -> Text:
         return Text(text_verdict(answer.verdict), STYLES[answer.verdict])
     placement = answer.strategy.placement if answer.strategy else "full_gpu"
     word = {"mixed_offload": "+RAM", "disk_offload": "+disk"}.get(placement, WORDS[answer.verdict])
+    if answer.estimate and answer.estimate.placement.layers_on_disk:
+        word = "+disk"
     speed = typical(answer)
     if speed is not None and speed < LEAST_DECODE_TOKENS_PER_S:
         return Text(f"~ {word if placement != 'cpu' else 'slow'}", STYLES["tight"])
@@ -260,4 +263,19 @@ def _print_smallest(out: Console, survey: Survey) -> None:
     table.columns[1].justify, table.columns[1].no_wrap = "left", False
     for label, cards in rows:
         table.add_row(label, ", ".join(cards) if cards else "none of the catalogue")
+    out.print(table)
+
+
+def _print_streamed(out: Console, survey: Survey) -> None:
+    labels = {answer.job: answer.label for answer in survey.targets[0].answers}
+    if not survey.streamed:
+        return
+    out.print()
+    table = new_table("job", "smallest cards it streams through", "card GiB", "RAM", "tok/s", left=2)
+    table.columns[1].no_wrap = False
+    for job, found in survey.streamed.items():
+        cards = ", ".join(found.cards)
+        table.add_row(
+            labels[job], cards, gib(found.card_bytes), gib(found.ram_bytes), rate(found.tokens_per_s)
+        )
     out.print(table)

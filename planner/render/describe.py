@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from planner.render.text import UNKNOWN, gib, parameters, rate, tokens
-from planner.types import Gpu, Machine, MeasuredHere, Speed, Strategy, Workload
+from planner.types import Gpu, Machine, MeasuredHere, PlacementMap, Speed, Strategy, Workload
 from profiles.schema import Architecture, Attention, GpuProfile, ModelProfile
 
 QUANTS = {"none": "", "nf4": "NF4", "int8": "int8"}
@@ -59,6 +59,11 @@ def strategy(how: Strategy, work: Workload) -> str:
     if how.kernels != "torch":
         parts.append(f"{how.kernels} kernels")
     return ", ".join(parts)
+
+
+def placement(how: Strategy, where: PlacementMap) -> str:
+    """Where layers are: also on disk, where RAM did not hold what streams."""
+    return PLACEMENTS["disk_offload" if where.layers_on_disk else how.placement]
 
 
 def card(profile: GpuProfile, count: int = 1) -> str:

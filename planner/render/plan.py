@@ -44,7 +44,7 @@ def _candidates(plan: Plan) -> Table:
         table.add_row(
             str(candidate.rank),
             describe.weights(how),
-            describe.PLACEMENTS[how.placement],
+            describe.placement(how, estimate.placement),
             with_interval(gpu.process_bytes, gpu.low_bytes, gpu.high_bytes) if gpu else UNKNOWN,
             gib(estimate.host.ram_bytes),
             gib(estimate.disk.bytes),

@@ -44,9 +44,10 @@ def shown_json(*argv: str) -> Any:
         (["estimate", "qwen2.5-7b", "--vram", "24GiB"], 0),
         (["estimate", "qwen2.5-7b", "--vram", "2GiB"], 1),
         (["check", "qwen2.5-7b", *RTX], 0),
-        (["check", "llama-3-70b", "--gpu", "gtx-1060-6gb", "--task", "train"], 1),
+        (["check", "llama-3-70b", "--gpu", "gtx-1060-6gb", "--task", "train"], 0),
+        (["check", "llama-3-70b", "--vram", "2GiB", "--task", "train"], 1),
         (["plan", "qwen2.5-7b", *RTX], 0),
-        (["plan", "llama-3-70b", "--gpu", "gtx-1060-6gb", *TRAIN], 1),
+        (["plan", "llama-3-70b", "--vram", "2GiB", *TRAIN], 1),
         (["models"], 0),
         (["models", "qwen", *RTX], 0),
         (["models", "no such model"], 0),
@@ -183,7 +184,7 @@ def test_plan_json_is_the_file_and_the_same_every_time(tmp_path: Path) -> None:
 
 def test_a_plan_that_does_not_fit_is_written_with_what_would(tmp_path: Path) -> None:
     file = tmp_path / "plan.json"
-    assert planner("plan", "llama-3-70b", "--gpu", "gtx-1060-6gb", *TRAIN, "-o", str(file)).returncode == 1
+    assert planner("plan", "llama-3-70b", "--vram", "2GiB", *TRAIN, "-o", str(file)).returncode == 1
     plan = json.loads(file.read_text())
     assert plan["candidates"] == [] and any(each["needs"] for each in plan["rejected"])
 

@@ -74,6 +74,12 @@ def test_what_is_not_traced_is_refused(
     assert code == 2 and text in err
 
 
+def test_packed_experts_are_not_traced(capsys: pytest.CaptureFixture[str]) -> None:
+    packed = ("--quant", "nf4", "--quant-experts", "nf4")
+    code, _, err = run(capsys, "mixtral-8x7b-v0.1", "--gpu", "h200", "--exact", *packed)
+    assert code == 2 and "not packed ones" in err
+
+
 def test_without_the_libraries_one_line_says_what_to_install(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -28,6 +28,21 @@ _COMMON: dict[str, Any] = {
     "pad_token_id": 258,
 }
 _EXPERTS = {"num_experts_per_tok": 2, "moe_intermediate_size": 64}
+_LATENT = {
+    **_EXPERTS,
+    "n_routed_experts": 4,
+    "n_shared_experts": 1,
+    "first_k_dense_replace": 1,
+    "n_group": 1,
+    "topk_group": 1,
+    "kv_lora_rank": 64,
+    "qk_rope_head_dim": 32,
+    "qk_nope_head_dim": 32,
+    "v_head_dim": 32,
+    "num_key_value_heads": 4,
+}
+"""Latent attention, and a dense layer before those with experts: slabs of two sizes."""
+_TWO_KINDS = ["linear_attention", "full_attention"] * 2 + ["linear_attention"]
 KINDS: dict[str, dict[str, Any]] = {
     "llama": {"tie_word_embeddings": False},
     "qwen2": {},
@@ -40,19 +55,28 @@ KINDS: dict[str, dict[str, Any]] = {
     "olmo2": {},
     "glm4": {"head_dim": 32},
     "gpt2": {},
-    "deepseek_v3": {
+    "deepseek_v2": {**_LATENT, "q_lora_rank": None, "head_dim": 32},
+    "deepseek_v3": {**_LATENT, "q_lora_rank": 64},
+    "gemma3n_text": {
+        "head_dim": 32,
+        "sliding_window": 8,
+        "num_kv_shared_layers": 2,
+        "vocab_size_per_layer_input": 320,
+        "hidden_size_per_layer_input": 32,
+        "layer_types": ["sliding_attention", "full_attention"] * 2 + ["full_attention"],
+        "activation_sparsity_pattern": [0.95, 0.0, 0.0, 0.0, 0.0],
+    },
+    "lfm2": {"layer_types": ["conv", "full_attention"] * 2 + ["conv"]},
+    "qwen3_next": {
         **_EXPERTS,
-        "n_routed_experts": 4,
-        "n_shared_experts": 1,
-        "first_k_dense_replace": 1,
-        "n_group": 1,
-        "topk_group": 1,
-        "q_lora_rank": 64,
-        "kv_lora_rank": 64,
-        "qk_rope_head_dim": 32,
-        "qk_nope_head_dim": 32,
-        "v_head_dim": 32,
-        "num_key_value_heads": 4,
+        "num_experts": 4,
+        "head_dim": 32,
+        "shared_expert_intermediate_size": 64,
+        "layer_types": _TWO_KINDS,
+        "linear_num_key_heads": 2,
+        "linear_num_value_heads": 4,
+        "linear_key_head_dim": 32,
+        "linear_value_head_dim": 32,
     },
     "mixtral": {"num_local_experts": 4},
     "qwen3_moe": {**_EXPERTS, "num_experts": 4, "head_dim": 32},
@@ -86,7 +110,10 @@ def write_model(folder: Path, kind: str) -> ModelSource:
 def request(
     source: ModelSource, quant: str = "none", resident: int | None = 0, task: str = "infer", **strategy: Any
 ) -> LoadRequest:
-    """To load `source` on the CPU with `resident` layers that stay."""
+    """To load `source` on the CPU with `resident` layers that stay. quant: "nf4+experts" has fused experts in
+    NF4, too."""
+    quant, _, experts = quant.partition("+")
+    strategy["quant_experts"] = "nf4" if experts else "none"
     candidate = Candidate(
         rank=1,
         strategy=Strategy(**{"placement": "cpu", "quant": quant, **strategy}),

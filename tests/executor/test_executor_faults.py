@@ -334,7 +334,7 @@ def test_no_room_for_report_or_answers(
     assert adapter(output) == adapter(whole / "o") and (output / "report.json").exists()
     plan = make_plan(tmp_path / "infer.json", tiny, INFER, strategy())
     with monkeypatch.context() as patched:
-        patched.setattr("executor.infer.write_atomically", full)
+        patched.setattr("executor.answering.write_atomically", full)
         assert "No space left" in fails(capsys, plan, "--prompt", "x", "--output", tmp_path / "answers")
     assert not (tmp_path / "answers").exists()
 

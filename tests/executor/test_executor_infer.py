@@ -11,10 +11,10 @@ import pytest
 import torch
 from conftest import make_plan, strategy
 
+from executor.answering import _refuse_empty
 from executor.cli import main
 from executor.errors import BadOption
-from executor.infer import _refuse_empty
-from executor.prompts import encode, longest, render
+from executor.prompts import encode, lengths, render
 from executor.tiny import byte_tokenizer
 from planner.types import Workload
 
@@ -51,7 +51,7 @@ def test_prompts_are_rendered_and_padded_on_the_left() -> None:
     batch = encode(texts, tokenizer)
     padding = int((batch["attention_mask"][0] == 0).sum())
     assert padding == 10 and batch["attention_mask"][0, :padding].sum() == 0
-    assert longest(texts, tokenizer) == batch["input_ids"].shape[1]
+    assert max(lengths(texts, tokenizer)) == batch["input_ids"].shape[1]
     tokenizer.chat_template = None
     assert render("as it is", tokenizer) == "as it is"
     with pytest.raises(BadOption, match="no chat template"):

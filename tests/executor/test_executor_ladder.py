@@ -100,6 +100,21 @@ def test_the_lines_of_every_moment_add_up_to_the_plans_figure(real: Plan, moment
     assert lines and sum(lines.values()) == candidate.estimate.gpus[0].moments[moment]
 
 
+@pytest.mark.parametrize("task", ["train", "infer"])
+def test_so_do_those_of_a_model_that_streams(task: str) -> None:
+    from planner.machine import machine_from_gpus
+    from profiles.catalogue import load_model
+
+    machine = machine_from_gpus([], vram_bytes=3 * 2**30, ram_bytes=64 * 2**30)
+    pinned = {"quant": "nf4", "placement": "mixed_offload"}
+    streams = planned(load_model("llama-3.1-8b"), machine, Workload(task=task), pinned=pinned)
+    candidate = streams.candidates[0]
+    assert candidate.engine == "stream"
+    for moment, predicted in candidate.estimate.gpus[0].moments.items():
+        lines = lines_at(streams, candidate, moment)
+        assert sum(lines.values()) == predicted and (moment == "load" or lines["slots"])
+
+
 def at(real: Plan, moment: str, over: int, **held: int) -> Shortage:
     """Out of memory so many MiB beyond what is predicted for the moment."""
     candidate = real.candidates[0]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,6 +9,7 @@ import torch
 
 from executor.losses import chunked_loss
 from planner.exact import chunked_loss as chunks
+from planner.exact import vocabulary
 
 pytestmark = pytest.mark.executor
 
@@ -38,14 +38,34 @@ def loss_and_gradients(model: Any, items: int | None) -> tuple[Any, dict[str, An
     return loss.detach(), {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
 
 
+@pytest.fixture
+def small_parts(monkeypatch: Any) -> None:
+    """Blocks of 24 words, the last of 8, for 7 tokens; so many tokens where there are no blocks."""
+    monkeypatch.setattr(vocabulary, "head_block_rows", lambda *_: 24)
+    monkeypatch.setattr(chunks, "CHUNK_LOGITS", 7 * 24)
+    monkeypatch.setattr(chunks, "CHUNK", 7)
+
+
+class OddLinear(torch.nn.Linear):
+    """A projection that cannot be read in blocks."""
+
+
+@pytest.mark.parametrize("head", [torch.nn.Linear, OddLinear])
 @pytest.mark.parametrize(
     ("kind", "extra"),
-    [("llama", {}), ("gemma2", {"final_logit_softcapping": 2.0}), ("cohere", {"logit_scale": 0.3})],
+    [
+        ("llama", {}),
+        ("gemma2", {"final_logit_softcapping": 2.0}),
+        ("cohere", {"logit_scale": 0.3}),
+        ("phi", {}),
+    ],
 )
 @pytest.mark.parametrize("items", [None, 40])
-def test_equals_the_full_loss(monkeypatch: Any, kind: str, extra: dict[str, Any], items: int | None) -> None:
-    monkeypatch.setattr(chunks, "CHUNK", 7)
+@pytest.mark.usefixtures("small_parts")
+def test_equals_the_full_loss(kind: str, extra: dict[str, Any], items: int | None, head: Any) -> None:
+    """All weights are trained, those of the output projection (phi's has a bias, gemma2's is tied) too."""
     model = make(kind, **extra)
+    model.lm_head.__class__ = head
     full, full_gradients = loss_and_gradients(model, items)
     with chunked_loss(model):
         chunked, gradients = loss_and_gradients(model, items)
@@ -59,12 +79,15 @@ def test_equals_the_full_loss(monkeypatch: Any, kind: str, extra: dict[str, Any]
         assert model.config.final_logit_softcapping == 2.0
 
 
-def test_logits_of_the_whole_batch_never_exist(monkeypatch: Any, tiny: Path) -> None:
-    monkeypatch.setattr(chunks, "CHUNK", 5)
+@pytest.mark.usefixtures("small_parts")
+def test_logits_of_the_whole_batch_never_exist(monkeypatch: Any) -> None:
     model = make("llama")
-    rows: list[int] = []
-    head = model.lm_head.forward
-    monkeypatch.setattr(model.lm_head, "forward", lambda x: (rows.append(x.shape[:-1].numel()), head(x))[1])
+    seen: list[int] = []
+    product = chunks.product
+    monkeypatch.setattr(
+        chunks, "product", lambda *args: (seen.append(product(*args).numel()), product(*args))[1]
+    )
     with chunked_loss(model):
         loss_and_gradients(model, None)
-    assert rows and max(rows) <= 5
+    # 33 tokens in chunks of 7 (21 for the last block), 80 words: twice
+    assert sum(seen) == 2 * 33 * 80 and max(seen) == 7 * 24

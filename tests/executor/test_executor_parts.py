@@ -147,10 +147,15 @@ def test_weights_of_another_shape_are_refused(tiny: Path) -> None:
 @pytest.mark.parametrize(
     ("work", "how", "places", "says"),
     [
-        ({"task": "train"}, {"activation_offload": True}, {"": "cpu"}, "activation offload"),
+        (
+            {"task": "train"},
+            {"activation_offload": True, "gradient_checkpointing": False},
+            {"": "cpu"},
+            "checkpointing is off",
+        ),
         ({"task": "train", "method": "full"}, {"dtype": "fp16"}, {"": "cpu"}, "cannot scale"),
-        ({}, {"quant_experts": "nf4"}, {"": "cpu"}, "quantized experts"),
-        ({}, {"speculate": "lookup"}, {"": "cpu"}, "speculation"),
+        ({}, {"speculate": "lookup", "cache": "static"}, {"": "cpu"}, "takes rejected tokens back"),
+        ({}, {"speculate": "draft"}, {"": "cpu"}, "drafts with no model"),
         ({}, {}, {"model": 0, "lm_head": 99}, "over cards 0, 99"),
     ],
 )

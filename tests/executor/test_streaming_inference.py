@@ -19,9 +19,10 @@ from executor.cli import main
 from executor.engines import resident, stream
 from executor.errors import BadWeights, CannotHonour
 from executor.source import ModelSource
-from planner.placement import spread_evenly, stream_map
+from planner.placement import Tiers, spread_evenly, stream_map
 from planner.types import Workload
 from profiles.architecture import architecture
+from profiles.config import read_config
 
 pytestmark = pytest.mark.executor
 QUANTIZED = [("qwen2", "nf4"), ("mixtral", "nf4"), ("gemma2", "int8"), ("gpt_oss", "int8"), ("gpt2", "nf4")]
@@ -51,12 +52,26 @@ def test_rehearsal_makes_the_weights_of_a_resident_one() -> None:
     compare(random_source("qwen3"), "nf4", 1)
 
 
-def test_prequantized_checkpoint(tmp_path: Path) -> None:
+@pytest.mark.parametrize("quant", ["nf4", "int8"])
+def test_prequantized_checkpoint(tmp_path: Path, quant: str) -> None:
+    """Its weights are those that were saved, in either engine, and are quantized by neither."""
     source = write_model(tmp_path / "plain", "llama")
-    resident.load(request(source, "nf4")).model.save_pretrained(tmp_path / "packed")
+    saved = resident.load(request(source, quant)).model
+    saved.save_pretrained(tmp_path / "packed")
     for file in ("tokenizer.json", "tokenizer_config.json"):
         (tmp_path / "packed" / file).write_bytes((tmp_path / "plain" / file).read_bytes())
-    compare(ModelSource(tmp_path / "packed", source.config), "nf4", 1)
+    packed = ModelSource(tmp_path / "packed", source.config)
+    assert torch.equal(logits(saved), logits(resident.load(request(packed, quant)).model))
+    compare(packed, quant, 1)
+    config = json.loads((tmp_path / "packed" / "config.json").read_text())
+    assert architecture(read_config(config)).pretrained_quantization == f"bitsandbytes-{quant}"
+    for engine in (resident, stream):
+        with pytest.raises(CannotHonour, match=f"stored in {quant}"):
+            engine.load(request(packed, "none"))
+    config["quantization_config"] = {"quant_method": "gptq", "bits": 4}
+    (tmp_path / "packed" / "config.json").write_text(json.dumps(config))
+    with pytest.raises(CannotHonour, match="stored in gptq, which nothing here runs"):
+        resident.load(request(packed, "nf4"))
 
 
 def test_copies_are_those_of_the_schedule(tmp_path: Path) -> None:
@@ -87,7 +102,7 @@ def test_weights_stand_once(tmp_path: Path) -> None:
 def test_residents_are_those_of_the_plan(tmp_path: Path) -> None:
     """Without a number on the command line; the map says which, too."""
     arch = architecture(json.loads((write_model(tmp_path, "llama").folder / "config.json").read_text()))
-    placed = stream_map(arch, 2).device_map
+    placed = stream_map(arch, Tiers(2)).device_map
     asked = request(ModelSource(tmp_path, {}), "none", None, placement="mixed_offload")
     candidate = msgspec.structs.replace(asked.candidate, device_map=placed)
     loaded = stream.load(dataclasses.replace(asked, candidate=candidate))

@@ -24,7 +24,7 @@ LAYERS, SLOTS = 7, 2
 class Event:
     """As `torch.cuda.Event`: a wait is for the record that was the last when it was asked for."""
 
-    def __init__(self, enable_timing: bool = False) -> None:
+    def __init__(self, enable_timing: bool = False, blocking: bool = False) -> None:
         self.asked = self.done = 0
 
     def record(self, stream: Stream) -> None:
@@ -71,11 +71,15 @@ class Slot:
 
     def copy_(self, slab: Slab, non_blocking: bool) -> None:
         assert non_blocking
-        for holds in (None, slab.layer):
-            self._current().do(self._set, holds)
+        self._current().do(self._begin)
+        self._current().do(self._end, slab)
 
-    def _set(self, holds: int | None) -> bool:
-        self.holds = holds
+    def _begin(self) -> bool:
+        self.holds = None
+        return True
+
+    def _end(self, slab: Slab) -> bool:
+        self.holds = slab.layer
         return True
 
 
@@ -90,7 +94,9 @@ class Slab:
 class Device:
     """A computing stream, a link and slots."""
 
-    def __init__(self, monkeypatch: pytest.MonkeyPatch, link: type[CudaLink] = CudaLink) -> None:
+    def __init__(
+        self, monkeypatch: pytest.MonkeyPatch, link: type[CudaLink] = CudaLink, copied: bool = True
+    ) -> None:
         STREAMS.clear()
         self.compute = self.current = Stream()
         monkeypatch.setattr(torch.cuda, "Stream", Stream)
@@ -101,7 +107,8 @@ class Device:
         self.schedule = Schedule(LAYERS, SLOTS)
         self.slots = [Slot(lambda: self.current) for _ in range(SLOTS)]
         self.wrong: list[int] = []
-        self.copy(self.schedule.begin())
+        if copied:
+            self.copy(self.schedule.begin())
 
     @contextmanager
     def _on(self, stream: Stream) -> Any:
@@ -118,6 +125,9 @@ class Device:
     def visit(self, layer: int, turns: bool) -> None:
         """As `Streamer.acquire`, and two steps of reading."""
         self.copy(self.schedule.visit(layer, turns))
+        self.read(layer)
+
+    def read(self, layer: int) -> None:
         slot = self.schedule.slot_of(layer)
         self.link.wait_for(slot)
         for _ in range(2):
@@ -131,15 +141,18 @@ class Device:
     def run(self, draws: random.Random) -> None:
         """Everything that was asked for, in one of the orders that are possible."""
         while any(stream.steps for stream in STREAMS):
-            ready = [s for s in STREAMS if s.steps]
-            draws.shuffle(ready)
-            for stream in ready:
-                step, arguments = stream.steps[0]
-                if step(*arguments):
-                    stream.steps.popleft()
-                    break
-            else:
-                raise AssertionError("deadlock")
+            self.step(draws)
+
+    def step(self, draws: random.Random) -> None:
+        """One step of some queue."""
+        ready = [s for s in STREAMS if s.steps]
+        draws.shuffle(ready)
+        for stream in ready:
+            step, arguments = stream.steps[0]
+            if step(*arguments):
+                stream.steps.popleft()
+                return
+        raise AssertionError("deadlock")
 
 
 def visits(turns: bool) -> list[int]:
@@ -162,6 +175,40 @@ def test_every_read_finds_its_layer(monkeypatch: pytest.MonkeyPatch, turns: bool
     copies = device.link.bytes // 100
     assert copies == SLOTS + 3 * LAYERS if not turns else copies < len(visits(turns))
     assert device.link.seconds == pytest.approx(0.002 * copies)
+
+
+def read_through_ring(monkeypatch: pytest.MonkeyPatch, seed: int, waits: bool) -> list[int]:
+    """Decode from two buffers that are filled again for every layer; the layers that found other bytes."""
+    device, draws = Device(monkeypatch, copied=False), random.Random(seed)
+    ring = deque((Slab(-1), device.link.mark()) for _ in range(2))
+
+    def bring(copies: list[Copy]) -> None:
+        for copy in copies:
+            buffer, mark = ring.popleft()
+            while waits and not mark.query():
+                device.step(draws)
+            buffer.layer = copy.layer
+            device.link.after_reads()
+            device.link.send(buffer, device.slots[copy.slot], copy.slot)  # type: ignore[arg-type]
+            ring.append((buffer, device.link.mark()))
+
+    for layer in visits(False):
+        bring(device.schedule.visit(layer, False))
+        device.read(layer)
+        bring(device.schedule.release())
+    device.run(draws)
+    return device.wrong
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_a_buffer_is_filled_again_after_the_mark_of_its_copy(
+    monkeypatch: pytest.MonkeyPatch, seed: int
+) -> None:
+    assert read_through_ring(monkeypatch, seed, waits=True) == []
+
+
+def test_without_the_mark_it_is_filled_too_early(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert any(read_through_ring(monkeypatch, seed, waits=False) for seed in range(20))
 
 
 class Careless(CudaLink):

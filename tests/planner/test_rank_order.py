@@ -175,6 +175,8 @@ def test_notes_on_the_hardware(machine, workload, strategy, word):
 def test_a_note_on_a_checkpoint_that_is_quantized_already():
     packed = replace(QWEN, pretrained_quantization="fp8")
     assert any("fp8" in line for line in notes(Field(packed, MACHINE, INFER), Strategy()))
+    packed = replace(QWEN, pretrained_quantization="bitsandbytes-nf4")
+    assert not any("needs a copy" in line for line in notes(Field(packed, MACHINE, INFER), NF4))
 
 
 def test_the_first_difference_is_named():

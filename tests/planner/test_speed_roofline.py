@@ -98,7 +98,7 @@ def test_a_pass_waits_for_the_slowest_and_then_for_transfers():
 
 
 def test_decode_by_hand():
-    rates = Rates(bandwidth=1e12, compute=1e14, vector=1e13, link=None, pageable=None, disk=1e9)
+    rates = Rates(bandwidth=1e12, compute=1e14, vector=1e13, link=None, pageable=None, disk=1e9, direct=1e9)
     workload = Workload(prompt_tokens=100, new_tokens=50)
     job = Job(count_work(QWEN), workload, Strategy(cache="static"), HERE, on_cpu=False, cores=0)
     seconds = decode_seconds(job, rates, "typical")
@@ -111,7 +111,7 @@ def test_decode_by_hand():
 
 
 def test_offload_adds_the_link_and_the_disk():
-    rates = Rates(bandwidth=1e12, compute=1e14, vector=1e13, link=2e10, pageable=1e10, disk=2e9)
+    rates = Rates(bandwidth=1e12, compute=1e14, vector=1e13, link=2e10, pageable=1e10, disk=2e9, direct=2e9)
     away = PlacementMap(layers_on_gpu=14, layers_in_ram=7, layers_on_disk=7)
     job = Job(count_work(QWEN), Workload(), Strategy(), away, on_cpu=False, cores=0)
     seconds = decode_seconds(job, rates, "typical")
@@ -123,7 +123,7 @@ def test_offload_adds_the_link_and_the_disk():
 
 def test_training_operations_by_hand():
     """Frozen base with checkpointing: 6 operations for each weight and token; all trained: 8."""
-    rates = Rates(bandwidth=1e15, compute=1e12, vector=1e15, link=None, pageable=None, disk=1e9)
+    rates = Rates(bandwidth=1e15, compute=1e12, vector=1e15, link=None, pageable=None, disk=1e9, direct=1e9)
     work = replace(count_work(QWEN), mixing=(), head_weights=0)
     compute = 1e12 * efficiency("train_compute", "typical")
     for method, checkpointing, factor in (

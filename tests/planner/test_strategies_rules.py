@@ -30,12 +30,6 @@ def rule(machine, workload, strategy, arch=QWEN):
         ("stream_placement", no_card(), INFER, Strategy(engine="stream", placement="cpu")),
         ("stream_full", card("rtx-3090"), FULL, Strategy(engine="stream", placement="mixed_offload")),
         (
-            "stream_dora",
-            card("rtx-3090"),
-            Workload(task="train", method="lora", lora_variant="dora"),
-            Strategy(engine="stream", placement="mixed_offload"),
-        ),
-        (
             "stream_upcast",
             card("rtx-3090"),
             QLORA,
@@ -50,6 +44,8 @@ def rule(machine, workload, strategy, arch=QWEN):
             INFER,
             Strategy(placement="disk_offload", engine="accelerate", quant="nf4"),
         ),
+        ("speculation_cache", card("h200"), INFER, Strategy(speculate="lookup", cache="static")),
+        ("speculation_batch", card("h200"), Workload(batch_size=2), Strategy(speculate="lookup")),
         ("full_quantized", card("h200"), FULL, Strategy(quant="nf4")),
         ("qlora_unquantized", card("h200"), QLORA, Strategy()),
         ("lora_quantized", card("h200"), LORA, Strategy(quant="nf4")),
@@ -104,6 +100,36 @@ def test_a_rule_about_systems_and_models():
     assert {"qwen2", "llama", "gemma2"} <= liger_model_types()
 
 
+def test_experts_are_quantized_where_they_run_in_common_code():
+    packed = Strategy(quant="nf4", quant_experts="nf4")
+    mixtral, llama4 = (
+        architecture(load_model(name).config)
+        for name in ("mixtral-8x7b-v0.1", "llama-4-scout-17b-16e-instruct")
+    )
+    assert rule(card("h200"), INFER, packed, mixtral) is None
+    assert rule(card("h200"), INFER, packed, llama4) == "experts_in_own_code"
+    assert rule(card("h200"), INFER, replace(packed, quant="int8"), mixtral) == "experts_alone"
+    for workload in (INFER, QLORA):
+        found, _ = legal_strategies(mixtral, card("h200"), workload)
+        assert {s.quant_experts for s in found if s.quant == "nf4"} == {"none", "nf4"}
+        assert {s.quant_experts for s in found if s.quant != "nf4"} <= {"none"}
+
+
+@pytest.mark.parametrize(("stored", "other"), [("nf4", "int8"), ("int8", "nf4")])
+def test_a_checkpoint_that_bitsandbytes_quantized_runs_as_it_is(stored, other):
+    arch = replace(QWEN, pretrained_quantization=f"bitsandbytes-{stored}")
+    assert resolve_strategy(arch, card("h200"), INFER, {}).quant == stored
+    assert rule(card("h200"), INFER, Strategy(quant=stored), arch) is None
+    for quant in ("none", other):
+        assert rule(card("h200"), INFER, Strategy(quant=quant), arch) == "stored_precision"
+    found, _ = legal_strategies(arch, card("h200"), INFER)
+    assert {s.quant for s in found} == {stored}
+    experts = Strategy(quant=stored, quant_experts="nf4")
+    assert rule(card("h200"), INFER, experts, arch) == "stored_experts"
+    nowhere = replace(QWEN, pretrained_quantization="bitsandbytes-fp4")
+    assert rule(card("h200"), INFER, Strategy(quant="nf4"), nowhere) == "stored_precision"
+
+
 def test_every_rule_says_why_and_what_would_do():
     assert len({each.name for each in RULES}) == len(RULES)
     for each in RULES:
@@ -151,8 +177,13 @@ def test_what_the_user_fixed_stays_fixed():
     [
         (card("h200"), FULL, {"quant": "nf4"}, "full fine-tuning"),
         (card("h200"), QLORA, {"quant": "none"}, "QLoRA"),
-        (card("h200"), LORA, {"placement": "disk_offload"}, "accelerate's offload"),
-        (card("h200"), INFER, {"quant": "nf4", "placement": "disk_offload"}, "unquantized"),
+        (card("h200"), LORA, {"placement": "disk_offload", "engine": "accelerate"}, "accelerate's offload"),
+        (
+            card("h200"),
+            INFER,
+            {"quant": "nf4", "placement": "disk_offload", "engine": "accelerate"},
+            "unquantized",
+        ),
         (card("h200"), FULL, {"engine": "stream", "placement": "mixed_offload"}, "never back"),
         (no_card(), INFER, {"placement": "full_gpu"}, "no card"),
         (card("h200"), INFER, {"engine": "stream", "placement": "full_gpu"}, "mixed_offload"),
@@ -183,24 +214,35 @@ def test_search_covers_placements_and_precisions():
     legal, rejected = legal_strategies(QWEN, card("rtx-3090", 1, 64), INFER)
     ways = {(each.placement, each.quant) for each in legal}
     assert ways == {
-        ("full_gpu", "none"), ("full_gpu", "int8"), ("full_gpu", "nf4"), ("mixed_offload", "none"),
-        ("disk_offload", "none"), ("cpu", "none"), ("cpu", "int8"), ("cpu", "nf4"),
-    }  # fmt: skip
-    assert {(each.strategy.placement, each.strategy.quant) for each in rejected} == {
-        (placement, quant) for placement in ("mixed_offload", "disk_offload") for quant in ("int8", "nf4")
+        (placement, quant)
+        for placement in ("full_gpu", "mixed_offload", "disk_offload", "cpu")
+        for quant in ("none", "int8", "nf4")
     }
+    assert rejected == []
     engines = {(each.placement, each.engine) for each in legal}
     assert engines == {
-        ("full_gpu", "resident"), ("mixed_offload", "accelerate"), ("disk_offload", "accelerate"),
+        ("full_gpu", "resident"), ("mixed_offload", "stream"), ("disk_offload", "stream"),
         ("cpu", "resident"),
     }  # fmt: skip
 
 
-def test_streaming_is_searched_where_it_is_asked_for():
-    for placement in ({}, {"placement": "mixed_offload"}):
-        legal, _ = legal_strategies(QWEN, card("rtx-3090"), INFER, {"engine": "stream", **placement})
-        assert {(each.placement, each.engine) for each in legal} == {("mixed_offload", "stream")}
+def test_streaming_is_what_offloads_and_accelerate_is_searched_where_it_is_asked_for():
+    for fixed in ({"engine": "stream"}, {"placement": "mixed_offload"}, {"placement": "disk_offload"}):
+        legal, _ = legal_strategies(QWEN, card("rtx-3090"), INFER, fixed)
+        assert {each.engine for each in legal} == {"stream"}
         assert {each.quant for each in legal} == {"none", "int8", "nf4"}
+    for placement in ("mixed_offload", "disk_offload"):
+        fixed = {"engine": "accelerate", "placement": placement}
+        legal, _ = legal_strategies(QWEN, card("rtx-3090"), INFER, fixed)
+        assert {(each.engine, each.quant) for each in legal} == {("accelerate", "none")}
+
+
+def test_what_streams_may_send_away_what_a_step_keeps():
+    legal, _ = legal_strategies(QWEN, card("rtx-3090"), QLORA)
+    for placement, more in (("full_gpu", False), ("mixed_offload", True)):
+        ways = [each for each in legal if each.placement == placement]
+        assert any(each.activation_offload for each in ways) == more
+        assert any((each.loss, each.kernels) == ("fused", "torch") for each in ways) == more
 
 
 def test_a_card_that_is_missing_is_said_once():
@@ -244,3 +286,11 @@ def test_departures_name_the_levers_in_use():
     # The default of QLoRA is no departure.
     assert departures(machine, QLORA, Strategy(quant="nf4", optimizer="paged_adamw_8bit")) == ()
     assert all(lever.reason for lever in LEVERS)
+
+
+def test_speculation_over_recurrent_layers_is_refused():
+    arch = architecture(load_model("qwen3-next-80b-a3b-instruct").config)
+    assert (
+        rule(card("h200"), INFER, Strategy(speculate="lookup", attention="sdpa"), arch) == "speculation_state"
+    )
+    assert rule(card("h200"), INFER, Strategy(speculate="lookup")) is None

@@ -132,10 +132,11 @@ def test_fused_experts_stay_unquantized_unless_asked() -> None:
     stacks = 2 * 8 * (192 * 64 + 64 * 96)
     router = 1024
     assert expert_bytes(EXPERTS, "nf4", "none", 2) == stacks + router
-    # one expert at a time: 12288 elements are 6144 packed, 192 blocks -> 512, 1 scale -> 512; 6144 likewise
-    up = 6_144 + 512 + 512 + 2_048
-    down = 3_072 + 512 + 512 + 2_048
-    assert expert_bytes(EXPERTS, "nf4", "nf4", 2) == 8 * (up + down) + router
+    # packed expert by expert, kept side by side: 8 x 6144 bytes, 8 x 192 scales, 8 x 1 second-level scale and
+    # 8 offsets, 512 each, and two code books of 512 and 1024; 8 x 3072 and 8 x 96 scales likewise
+    up = 8 * 6_144 + 8 * 192 + 512 + 512 + 1_536
+    down = 8 * 3_072 + 1_024 + 512 + 512 + 1_536
+    assert expert_bytes(EXPERTS, "nf4", "nf4", 2) == up + down + router
 
 
 def test_separate_experts_are_linears_like_any_other() -> None:
@@ -157,6 +158,8 @@ def test_loading_assembles_fused_stacks_from_single_experts() -> None:
     # 64 experts of two 1024 x 2048 matrices, gate and up together
     assert w.largest_fused == 64 * 2 * 1024 * 2048 * 2
     assert load_transient_bytes(w, "none") == 512 * 2**20
+    # packed ones are read, assembled and quantized one by one
+    assert weight_bytes(arch, "nf4", "nf4", "bf16").largest_fused == 2 * (2 * 1024 * 2048 * 2)
 
 
 def test_a_tower_is_resident_and_quantized_like_the_rest() -> None:

@@ -1,0 +1,277 @@
+"""`executor pack` as a command: what kills, full disks and edits leave, and what a run makes of it."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("torch")
+
+import torch
+from conftest import digest, environment, make_plan, strategy
+from safetensors.torch import load_file
+
+from executor.cli import main
+from executor.errors import BadWeights
+from executor.streaming import checkpoint_reader
+from executor.streaming.slab_file import SlabFile
+from executor.streaming.slab_journal import Journal
+from planner.types import Workload
+
+pytestmark = pytest.mark.executor
+FILE = "fitwright-nf4-bf16.slab"
+STRIKES = """
+import os, signal, sys
+from executor.cli import main
+from executor.streaming.slab_journal import Journal
+stock, left = Journal.add_block, [int(sys.argv[1])]
+def add_block(self, block):
+    stock(self, block)
+    left[0] -= 1
+    if left[0] == 0:
+        os.kill(os.getpid(), signal.SIGKILL)
+Journal.add_block = add_block
+sys.exit(main(sys.argv[2:]))
+"""
+"""Packs, and kills itself after so many blocks."""
+
+
+@pytest.fixture
+def model(tiny: Path, tmp_path: Path) -> Path:
+    """A copy that may be written to, of the same recipe as all others: copying keeps the time of change."""
+    return Path(shutil.copytree(tiny, tmp_path / "model"))
+
+
+@pytest.fixture(scope="module")
+def whole(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model packed without trouble."""
+    folder = Path(shutil.copytree(tiny, tmp_path_factory.mktemp("whole") / "model"))
+    assert main(["pack", str(folder)]) == 0
+    return folder / FILE
+
+
+@pytest.fixture(scope="module")
+def killed(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model whose packing was ended by kill -9 after four blocks."""
+    folder = Path(shutil.copytree(tiny, tmp_path_factory.mktemp("killed") / "model"))
+    command = [sys.executable, "-c", STRIKES, "4", "pack", str(folder)]
+    process = subprocess.run(command, capture_output=True, timeout=120, env=environment(), check=False)
+    assert process.returncode == -signal.SIGKILL, process.stderr.decode()
+    return folder
+
+
+def goes_on(folder: Path, whole: Path, capsys: pytest.CaptureFixture[str]) -> int:
+    """Pack again; the file is to the last byte that of an unbroken packing. Returns the bytes kept."""
+    capsys.readouterr()
+    assert main(["pack", str(folder), "--json"]) == 0
+    assert digest(folder / FILE) == digest(whole)
+    assert [path.name for path in folder.glob("*.slab*")] == [FILE]
+    return int(json.loads(capsys.readouterr().out)["kept_bytes"])
+
+
+def error_and_hint(capsys: pytest.CaptureFixture[str]) -> tuple[str, str]:
+    """Of a line each."""
+    said = capsys.readouterr().err.splitlines()
+    (error,) = (line for line in said if line.startswith("error: "))
+    (hint,) = (line for line in said if line.startswith("hint: "))
+    return error, hint
+
+
+def test_a_run_takes_what_was_packed(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    job = Workload(task="infer", prompt_tokens=16, new_tokens=8)
+    plan = make_plan(tmp_path / "plan.json", model, job, strategy(quant="nf4"))
+    texts, notes = [], []
+    for packs in (False, True):
+        if packs:
+            assert main(["pack", str(model), "--json"]) == 0
+            report = json.loads(capsys.readouterr().out)
+            assert report["bytes"] == (model / FILE).stat().st_size and report["kept_bytes"] == 0
+        output = tmp_path / f"run-{packs}"
+        arguments = [plan, "--engine", "stream", "--prompt", "What is 2 plus 3?", "--greedy", "--json"]
+        assert main(["run", *map(str, arguments), "--output", str(output)]) == 0
+        notes.append(json.loads(capsys.readouterr().out)["notes"])
+        texts.append((output / "outputs.jsonl").read_text())
+    assert texts[0] == texts[1]
+    assert [any("loaded from slab file" in note for note in each) for each in notes] == [False, True]
+
+
+def test_packed_twice_is_packed_once(whole: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    before = whole.stat()
+    assert main(["pack", str(whole.parent)]) == 0
+    assert "packed before" in capsys.readouterr().out
+    assert (whole.stat().st_ino, whole.stat().st_mtime_ns) == (before.st_ino, before.st_mtime_ns)
+
+
+def test_kill_and_resume(
+    whole: Path, killed: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = Path(shutil.copytree(killed, tmp_path / "model"))
+    assert not (folder / FILE).exists() and (folder / f"{FILE}.partial").exists()
+    assert 4096 < goes_on(folder, whole, capsys) < whole.stat().st_size
+
+
+def test_resume_trusts_no_byte(
+    whole: Path, killed: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What lies in the unfinished file is compared with its checksums; from the first difference on it is
+    packed again."""
+    folder = Path(shutil.copytree(killed, tmp_path / "model"))
+    second = sorted(SlabFile.open(whole).index.blocks, key=lambda block: block.offset)[1]
+    with open(folder / f"{FILE}.partial", "r+b") as file:
+        file.seek(second.offset + 5)
+        file.write(b"\xff\x00\xff")
+    assert goes_on(folder, whole, capsys) == second.offset
+
+
+def test_unfinished_file_of_other_weights_is_dropped(
+    whole: Path, killed: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = Path(shutil.copytree(killed, tmp_path / "model"))
+    os.utime(folder / "model.safetensors")
+    assert main(["pack", str(folder), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["kept_bytes"] == 0
+
+
+def test_interrupt_keeps_what_is_packed(
+    whole: Path, model: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    stock, left = Journal.add_block, [3]
+
+    def add_block(self: Journal, block: Any) -> None:
+        stock(self, block)
+        left[0] -= 1
+        if left[0] == 0:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Journal, "add_block", add_block)
+        assert main(["pack", str(model)]) == 130
+    error, hint = error_and_hint(capsys)
+    assert "interrupted" in error and "goes on" in hint and not (model / FILE).exists()
+    assert goes_on(model, whole, capsys) > 4096
+
+
+def test_disk_full(whole: Path, model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The limit on the size of files stands for the end of the disk."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (whole.stat().st_size // 2, before[1]))
+    try:
+        assert main(["pack", str(model)]) == 2
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    error, hint = error_and_hint(capsys)
+    assert "cannot write" in error and "packed and kept" in hint and "goes on" in hint
+    assert not (model / FILE).exists()
+    assert goes_on(model, whole, capsys) > 4096
+
+
+@pytest.mark.parametrize("buffers", [2, 16])
+def test_reading_ahead_makes_the_same_file(
+    whole: Path,
+    model: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    buffers: int,
+) -> None:
+    """As on a card, through buffers smaller than tensors."""
+    monkeypatch.setattr(checkpoint_reader, "_maps", lambda _device: False)
+    monkeypatch.setattr(checkpoint_reader, "_BUFFERS", buffers)
+    monkeypatch.setattr(checkpoint_reader, "STRETCH_BYTES", 8192)
+    goes_on(model, whole, capsys)
+
+
+def test_reading_ahead_in_any_order(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(checkpoint_reader, "_BUFFERS", 3)
+    monkeypatch.setattr(checkpoint_reader, "STRETCH_BYTES", 8192)
+    want = load_file(model / "model.safetensors")
+    names = sorted(want)
+    for order in (names[::-1], names[1::2] + names[::2], names[5:]):
+        reader = checkpoint_reader.CheckpointReader(model, torch.device("cpu"))
+        entries = reader.begin(dict.fromkeys(names), skip={names[3]})
+        assert all(torch.equal(entries[name][...], want[name]) for name in order)
+        reader.close()
+
+
+def test_checkpoint_cut_while_it_is_read(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(checkpoint_reader, "STRETCH_BYTES", 8192)
+    names = sorted(load_file(model / "model.safetensors"))
+    reader = checkpoint_reader.CheckpointReader(model, torch.device("cpu"))
+    os.truncate(model / "model.safetensors", 400_000)
+    entries = reader.begin(dict.fromkeys(names), skip=())
+    with pytest.raises(BadWeights, match="ends early"):
+        for name in names:
+            entries[name][...]
+    reader.close()
+
+
+def test_too_little_room_is_said_before(
+    model: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    space = shutil.disk_usage(model)._replace(free=1000)
+    monkeypatch.setattr("shutil.disk_usage", lambda _path: space)
+    assert main(["pack", str(model)]) == 2
+    assert "and" in (said := capsys.readouterr().err) and "1000 B free" in said
+    assert not list(model.glob("*.slab*"))
+
+
+def test_edited_weights_are_packed_again(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["pack", str(model)]) == 0
+    before = digest(model / FILE)
+    file = model / "model.safetensors"
+    data = bytearray(file.read_bytes())
+    data[-3] ^= 1  # in place, where no sample is taken
+    file.write_bytes(data)
+    assert main(["pack", str(model)]) == 0
+    assert "is replaced: packed before model.safetensors changed" in capsys.readouterr().err
+    assert digest(model / FILE) != before
+
+
+def test_elsewhere(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Runs find it, and the model's folder stays as it is."""
+    before, target = sorted(model.iterdir()), tmp_path / "other.slab"
+    assert main(["pack", str(model), "-o", str(target)]) == 0
+    assert sorted(model.iterdir()) == before
+    plan = make_plan(tmp_path / "plan.json", model, Workload(task="infer"), strategy(quant="nf4"))
+    arguments = [plan, "--engine", "stream", "--prompt", "x", "--max-new-tokens", 1, "--json"]
+    capsys.readouterr()
+    assert main(["run", *map(str, arguments), "--output", str(tmp_path / "run")]) == 0
+    assert any("loaded from slab file" in note for note in json.loads(capsys.readouterr().out)["notes"])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["{model}", "-o", "{model}/config.json"], "is no slab file"),
+        (["{model}", "-o", "{model}/nowhere/x.slab"], "there is no folder"),
+        (["{model}", "--quant", "int8", "--quant-experts", "nf4"], "goes with --quant nf4"),
+        (["./nothing"], "no such file or folder"),
+        (["{model}", "--quant", "int3"], "--quant"),
+    ],
+)
+def test_refusals(model: Path, arguments: list[str], says: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["pack", *(text.format(model=model) for text in arguments)]) == 2
+    assert says in capsys.readouterr().err
+    assert not list(model.glob("*.slab*"))
+
+
+def test_one_packer_at_a_time(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with open(model / f"{FILE}.partial", "wb") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        assert main(["pack", str(model)]) == 2
+    assert "another process is writing" in capsys.readouterr().err
+
+
+def test_pack_is_for_engine_stream(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    plan = make_plan(tmp_path / "plan.json", model, Workload(task="infer"), strategy())
+    assert main(["run", str(plan), "--prompt", "x", "--pack"]) == 2
+    assert "--pack is for engine stream" in capsys.readouterr().err
