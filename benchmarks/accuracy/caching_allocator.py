@@ -47,7 +47,7 @@ class CachingAllocator:
     """
 
     def __init__(self, cap: int = WITHOUT_CAP, base: int = 0) -> None:
-        self._cap, self._number = cap, 0
+        self.cap, self._number = cap, 0
         self._free: dict[bool, list[tuple[int, int, _Block]]] = {False: [], True: []}
         self.allocated = self.reserved = self.allocated_peak = self.reserved_peak = base
 
@@ -83,6 +83,15 @@ class CachingAllocator:
                 block.size += near.size
         self._put(block)
 
+    def play(self, events: Iterable[Event], blocks: dict[Hashable, _Block]) -> dict[Hashable, _Block]:
+        """Go through `events`; `blocks`: those that are there by name, changed and handed back."""
+        for name, n in events:
+            if n:
+                blocks[name] = self.request(n)
+            else:
+                self.give(blocks.pop(name))
+        return blocks
+
     def empty_cache(self) -> None:
         """Give segments that are wholly free back to the driver."""
         for large, pool in self._free.items():
@@ -94,9 +103,9 @@ class CachingAllocator:
     def _segment(self, n: int, large: bool) -> _Block:
         own = -(-n // GRANULE) * GRANULE
         size = SMALL_SEGMENT if not large else LARGE_SEGMENT if n < OWN_SEGMENT_FROM else own
-        if self.reserved + size > self._cap:
+        if self.reserved + size > self.cap:
             self.empty_cache()
-            if self.reserved + size > self._cap:
+            if self.reserved + size > self.cap:
                 raise OutOfMemory(n)
         self.reserved += size
         self.reserved_peak = max(self.reserved_peak, self.reserved)
@@ -124,12 +133,7 @@ class CachingAllocator:
 def replay(events: Iterable[Event], cap: int = WITHOUT_CAP, base: int = 0) -> CachingAllocator:
     """The allocator after `events`. Errors: `OutOfMemory`; `KeyError` for a free without a request."""
     allocator = CachingAllocator(cap, base)
-    blocks: dict[Hashable, _Block] = {}
-    for name, n in events:
-        if n:
-            blocks[name] = allocator.request(n)
-        else:
-            allocator.give(blocks.pop(name))
+    allocator.play(events, {})
     return allocator
 
 
