@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+from msgspec.structs import replace
 
 from benchmarks.accuracy.cells import RESULTS
 from benchmarks.accuracy.report import halves, outcomes
@@ -16,9 +17,16 @@ JUDGED = halves(FOUND)["judge"]
 NAMES = [target.name for target in targets(score([]))]
 
 
+NOT_YET: dict[str, float] = {}
+"""Targets that are missed, with what they keep until then: benchmarks/accuracy/README.md says why."""
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_target_is_met(name):
     target = next(target for target in targets(JUDGED) if target.name == name)
+    if name in NOT_YET:
+        assert not target.met, f"{name} is met now: take it off the list"
+        target = replace(target, bound=NOT_YET[name])
     assert target.met, f"{target.name} is {target.value}, has to be {target.bound}"
 
 
