@@ -36,6 +36,9 @@ CALIBRATION = ROOT / "benchmarks" / "calibration"
 NARROWEST = 0.06
 """The spread around a context is never put closer than this: drivers differ more than runs."""
 
+FEW = 10
+"""Runs below which their spread is not known."""
+
 
 def kind_of(work: Workload, how: Strategy, routed: bool) -> str:
     """The field of overheads.json that holds a job's context (`planner.memory.overheads.context`)."""
@@ -84,14 +87,19 @@ def process_ram(results: Path = RESULTS) -> int | None:
 
 
 def figures(results: Path = RESULTS) -> dict[str, float]:
-    """The measured figures by their field. Of an even number of runs the upper of the middle two."""
+    """The measured figures by their field: the middle one, of an even number of runs the upper of the middle
+    two; of few runs the largest, because a context that is estimated too small ends a run. The factors hold
+    nine tenths of all runs."""
     by_kind: dict[str, list[int]] = {}
     for kind, n in contexts(results):
         by_kind.setdefault(kind, []).append(n)
-    found: dict[str, float] = {kind: median_high(values) for kind, values in by_kind.items()}
-    ratios = [n / found[kind] for kind, values in by_kind.items() for n in values]
-    found["low_factor"] = min(1 - NARROWEST, math.floor(100 * min(ratios)) / 100)
-    found["high_factor"] = max(1 + NARROWEST, math.ceil(100 * max(ratios)) / 100)
+    found: dict[str, float] = {
+        kind: median_high(values) if len(values) >= FEW else max(values) for kind, values in by_kind.items()
+    }
+    ratios = sorted(n / found[kind] for kind, values in by_kind.items() for n in values)
+    tail = len(ratios) // 20
+    found["low_factor"] = min(1 - NARROWEST, math.floor(100 * ratios[tail]) / 100)
+    found["high_factor"] = max(1 + NARROWEST, math.ceil(100 * ratios[-1 - tail]) / 100)
     ram = process_ram(results)
     return found if ram is None else {**found, "cuda_bytes": ram}
 
