@@ -46,10 +46,11 @@ def layer_kv_bytes(spec: Attention, batch: int, tokens: int, width: int) -> int:
     >>> layer_kv_bytes(Attention(kind="full", heads=28, kv_heads=4, head_dim=128, value_dim=128), 1, 2048, 2)
     4194304
     """
-    if spec.kind == "recurrent" and spec.state is not None:
+    state = 0
+    if spec.state is not None:
         state = rounded(batch * spec.state.state_elements * (4 if spec.state.state_float32 else width))
-        return state + rounded(batch * spec.state.conv_dim * spec.state.conv_kernel * width)
-    return sum(rounded(batch * tokens * elements * width) for elements in token_elements(spec))
+        state += rounded(batch * spec.state.conv_dim * spec.state.conv_kernel * width)
+    return state + sum(rounded(batch * tokens * elements * width) for elements in token_elements(spec))
 
 
 def kept_tokens(spec: Attention, tokens: int, sliced: bool) -> int:
@@ -86,7 +87,7 @@ def cache_bytes(
     return CacheBytes(sum(full[kind] for kind in arch.order), final, grown)
 
 
-def filled_bytes(spec: Attention, batch: int, prompt: int, width: int, cache: Cache) -> int:
+def filled_bytes(spec: Attention, batch: int, prompt: int, width: int, cache: str) -> int:
     """What one layer of a growing cache holds after the prompt, a sliding one all of it.
 
     quantized: 4 bits and two 16-bit numbers for each group of values in layers without a window; up to 128

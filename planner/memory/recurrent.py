@@ -11,6 +11,7 @@ from __future__ import annotations
 from msgspec import Struct
 
 from planner.memory.forward import linear, norm
+from planner.memory.mamba import is_mamba2, mamba2
 from planner.memory.shapes import Pass
 from planner.memory.tape import Tape, Tensor
 from profiles.schema import Attention, Linear
@@ -31,6 +32,8 @@ def _is_delta(item: Linear) -> bool:
 
 def recurrent(tape: Tape, p: Pass, x: Tensor, spec: Attention, inner: list[Linear], last: Linear) -> Tensor:
     """Output of a recurrent mixer. `inner`: its linears but the output projection `last`. x: [T, D]."""
+    if is_mamba2(spec):
+        return mamba2(tape, p, x, spec, inner[0], last)
     if any(_is_delta(item) for item in inner):
         return _gated_delta(tape, p, x, spec, inner, last)
     if len(inner) == 1 and inner[0].outputs == 3 * last.inputs:
