@@ -157,7 +157,7 @@ def _rope_by_term(tape: Tape, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
             tape.free(source)
             terms.append(tape.op((raised,), raised.bytes))
             tape.free(raised)
-        sums.append(tape.add(*terms))
+        sums.append(tape.add(terms[0], terms[1]))
         tape.free(*terms)
     narrow = [tape.cast(x, item.width) for x, item in zip(sums, (q, k), strict=True)]
     tape.free(*sums, q, k)

@@ -1,9 +1,9 @@
 """Mamba 2 mixers on the tape, as transformers 5.17 runs them without mamba-ssm (arXiv:2405.21060).
 
-`mamba2_chunk_scan` of `models/falcon_h1/modeling_falcon_h1.py` and its siblings works in float32 and writes its
-contractions as products that are summed afterwards: the largest holds one number for every token, every other
-token of its chunk, every head and every feature of the state. transformers 5.23 has einsums there, which hold a
-tenth.
+`mamba2_chunk_scan` of `models/falcon_h1/modeling_falcon_h1.py` and its siblings works in float32 and writes
+its contractions as products that are summed afterwards: the largest holds one number for every token, every
+other token of its chunk, every head and every feature of the state. transformers 5.23 has einsums there,
+which hold a tenth.
 """
 
 from __future__ import annotations
