@@ -9,11 +9,11 @@ tensors under 4096 elements stay 32-bit; tensors of 100,000 elements or more are
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 from msgspec import Struct
 
-from planner.memory.tape import booked, rounded
+from planner.memory.tape import rounded
 
 BLOCK = 256
 SMALL = 4096
@@ -79,14 +79,22 @@ class StateBytes(Struct, frozen=True):
 
 
 def state_bytes(
-    name: str, tensors: Iterable[tuple[int, int]], width: int, embeddings: tuple[int, ...] = ()
+    name: str,
+    tensors: Iterable[tuple[int, int]],
+    width: int,
+    embeddings: tuple[int, ...] = (),
+    unasked: Callable[[int], int] = lambda _: 0,
 ) -> StateBytes:
     """State for `tensors` of (elements, count), stored in `width` bytes each.
 
     `embeddings`: elements of trained token embeddings (not among `tensors`), which stay in 32 bits.
+    `unasked`: bytes the allocator hands out beside one list of such tensors, by the bytes of an element.
     """
     kind = OPTIMIZERS[name]
-    device = managed = temporary = largest = 0
+    device = managed = largest = 0
+    if not kind.paged and not kind.factored:
+        device = kind.states * unasked(width if kind.bits is None else kind.bits // 8)
+    temporary = kind.lists * unasked(width)
     every = [(size, count, False) for size, count in tensors] + [(size, 1, True) for size in embeddings]
     for size, count, embedding in every:
         on, paged = _one(kind, size, width, embedding)
@@ -114,10 +122,10 @@ def _one(kind: Optimizer, size: int, width: int, embedding: bool) -> tuple[int, 
         side = int(size**0.5)
         return 2 * rounded(4 * side), 0
     if kind.bits is None:
-        return kind.states * booked(size * width) + (rounded(4) if kind.fused else 0), 0
+        return kind.states * rounded(size * width) + (rounded(4) if kind.fused else 0), 0
     wide = kind.bits == 32 or size < SMALL or embedding
-    state = kind.states * booked(size * (4 if wide else 1))
-    scales = 0 if wide else kind.states * booked(4 * -(-size // BLOCK))
+    state = kind.states * rounded(size * (4 if wide else 1))
+    scales = 0 if wide else kind.states * rounded(4 * -(-size // BLOCK))
     if kind.paged and size >= PAGED_FROM:
         return scales, kind.states * size * (4 if wide else 1)
     return state + scales, 0

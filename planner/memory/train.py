@@ -14,10 +14,11 @@ from msgspec.structs import replace
 from planner.memory.adapters import adapter_parameters, fuses_experts
 from planner.memory.forward import adapted
 from planner.memory.head import HeadCost, ending, head_cost, largest_block
-from planner.memory.lasting import Lasting, lasting, trained_tensors
+from planner.memory.lasting import Lasting, lasting
+from planner.memory.lasting import optimizer_state as state_of
 from planner.memory.layer import Through, embedded, layer_cost, through
 from planner.memory.moments import CardMemory, Snapshot, line, snapshot
-from planner.memory.optimizer import StateBytes, state_bytes
+from planner.memory.optimizer import StateBytes
 from planner.memory.shapes import Pass, habits
 from planner.memory.tape import rounded
 from planner.memory.weights import WIDTH, layer_linears, load_transient_bytes, weight_bytes
@@ -82,8 +83,7 @@ def training_memory(arch: Architecture, work: Workload, how: Strategy, workspace
 
 def optimizer_state(arch: Architecture, work: Workload, how: Strategy) -> StateBytes:
     """Optimizer state of the whole job, on the card and paged."""
-    tensors, embeddings, width = trained_tensors(arch, work, training_pass(arch, work, how))
-    return state_bytes(how.optimizer, tensors, width, embeddings)
+    return state_of(arch, work, how, training_pass(arch, work, how))
 
 
 # --------------------------------------------------------------------------- moments

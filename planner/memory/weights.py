@@ -14,6 +14,7 @@ from functools import lru_cache
 
 from msgspec import Struct
 
+from planner.memory.loading import unasked_bytes
 from planner.memory.tape import rounded
 from profiles.precisions import load_precisions, stored_bytes
 from profiles.schema import Architecture, Experts, Layer, Linear, Norm, Parameter, Tower
@@ -39,9 +40,15 @@ class WeightBytes(Struct, frozen=True):
     """Biggest single tensor in the compute dtype before quantization: what loading holds beside the rest."""
     largest_fused: int
     """Biggest fused expert stack: assembled from per-expert tensors while loading."""
+    unasked: int = 0
+    """What the allocator's blocks hold beside them (planner.memory.loading)."""
 
     def total(self, order: tuple[int, ...]) -> int:
         """All loaded bytes."""
+        return self.counted(order) + self.unasked
+
+    def counted(self, order: tuple[int, ...]) -> int:
+        """Bytes of all tensors."""
         return sum(self.layers[kind] for kind in order) + self.embeddings + self.head + self.other
 
 
@@ -147,6 +154,7 @@ def weight_bytes(arch: Architecture, quant: str, quant_experts: str, dtype: str)
             (item.inputs * item.outputs * width for item in linears if item.quantized), default=0
         ),
         largest_fused=max(stacks, default=0),
+        unasked=0 if quant_experts != "none" else unasked_bytes(arch, quant, width),
     )
 
 

@@ -101,9 +101,15 @@ def test_every_name_is_one_of_transformers() -> None:
     assert {OPTIMIZERS[name].runs_as or name for name in OPTIMIZERS} <= known
 
 
-def test_states_that_last_keep_the_rest_of_their_segment() -> None:
-    # 11 MiB of bf16: a 12 MiB segment each
-    assert state_bytes("adamw_torch", [(11 * 2**19, 1)], 2).device == 2 * 12 * 2**20
+def test_states_get_what_the_allocator_does_not_split_off() -> None:
+    def unasked(width: int) -> int:
+        return 1000 * width
+
+    plain, more = (state_bytes("adamw_torch", [(MEDIUM, 1)], 2, (), f) for f in (lambda _: 0, unasked))
+    assert (more.device - plain.device, more.temporary - plain.temporary) == (2 * 2000, 2000)
+    assert state_bytes("adamw_8bit", [], 2, (), unasked).device == 2 * 1000
+    assert state_bytes("paged_adamw_8bit", [], 2, (), unasked).device == 0
+    assert state_bytes("adafactor", [], 2, (), unasked).device == 0
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
