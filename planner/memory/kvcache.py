@@ -79,12 +79,25 @@ def cache_bytes(
         away = [n for n, spec in zip(whole, specs, strict=True) if spec.kind != "recurrent"]
         stays = sum(whole[kind] for kind in arch.order if specs[kind].kind == "recurrent")
         one, two = (min(final, stays + n * max(away, default=0)) for n in (1, 2))
-        return CacheBytes(one, two, grown, final - stays)
+        copies = [_pinned(spec, batch, prompt, tokens, width) for spec in specs]
+        return CacheBytes(one, two, grown, sum(copies[kind] for kind in arch.order))
     full = [filled_bytes(spec, batch, prompt, width, cache) for spec in specs]
     if cache == "quantized":
         whole = [_packed(spec, batch, prompt, tokens, width) for spec in specs]
         final = sum(whole[kind] for kind in arch.order)
     return CacheBytes(sum(full[kind] for kind in arch.order), final, grown)
+
+
+def _pinned(spec: Attention, batch: int, prompt: int, tokens: int, width: int) -> int:
+    """RAM behind one layer of an offloaded cache: `.to("cpu", non_blocking=True)` pins it, and torch's pinned
+    allocator takes powers of two and keeps what is freed (ATen/core/CachingHostAllocator.h). So the sizes
+    that a tensor has had, from the prompt to the last token, stand side by side."""
+    total = 0
+    for elements in token_elements(spec):
+        sizes = [batch * kept_tokens(spec, n, False) * elements * width for n in (prompt, tokens)]
+        first, last = (1 << (n - 1).bit_length() for n in sizes)
+        total += first if first == last else 2 * last - first
+    return total
 
 
 def filled_bytes(spec: Attention, batch: int, prompt: int, width: int, cache: str) -> int:
