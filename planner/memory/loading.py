@@ -7,6 +7,7 @@ from functools import lru_cache
 from typing import NamedTuple
 
 from planner.memory.segments import Block, Segments
+from planner.memory.tape import ALIGNMENT
 from profiles.schema import Architecture, Layer, Linear
 
 WATCHED = 96
@@ -57,7 +58,8 @@ def _followed(segments: Segments, matrices: Iterator[Loaded], quant: str, every:
         if seen == WATCHED // 2:
             halfway = segments.unasked
         elif seen == WATCHED:
-            return segments.unasked + (segments.unasked - halfway) * (every - seen) // (seen - WATCHED // 2)
+            more = (segments.unasked - halfway) * (every - seen) // (seen - WATCHED // 2)
+            return segments.unasked + more // ALIGNMENT * ALIGNMENT
     return segments.unasked
 
 

@@ -13,7 +13,7 @@ from bisect import bisect_left, insort
 from collections.abc import Sequence
 from itertools import count
 
-from planner.memory.tape import LARGE, SEGMENT, UNSPLIT, rounded
+from planner.memory.tape import ALIGNMENT, LARGE, SEGMENT, UNSPLIT, rounded
 from planner.units import MIB
 
 SHARED = 20 * MIB
@@ -122,4 +122,5 @@ def lasting_unasked(sizes: Sequence[int]) -> int:
         if seen == WATCHED // 2:
             halfway = segments.unasked
     rest = max(0, len(large) - WATCHED)
-    return segments.unasked + (segments.unasked - halfway) * rest // (WATCHED - WATCHED // 2)
+    more = (segments.unasked - halfway) * rest // (WATCHED - WATCHED // 2)
+    return segments.unasked + more // ALIGNMENT * ALIGNMENT
