@@ -66,7 +66,7 @@ def train(job: Training) -> Trained:
     total = _total_steps(job, len(train_set))
     trainer = _make_trainer(job, model, train_set, eval_set, record, total, notes)
     checkpoint, resumed = _last_checkpoint(job, record, total, notes)
-    components = _components(model)
+    components = _components(model, job.strategy.upcast_frozen)
     with (
         choose_loss(job.strategy, job.device, model, notes),
         _watched(model, job.meter),
@@ -258,14 +258,20 @@ def _checkpoints_away(job: Training, model: Any, notes: list[str]) -> Iterator[N
             notes.append("no checkpoint left the card: the model has no layer whose input could")
 
 
-def _components(model: Any) -> dict[str, int]:
-    """Bytes of frozen and of trained parameters; scales of quantized weights count as weights."""
+def _components(model: Any, upcast: bool) -> dict[str, int]:
+    """Bytes of frozen and of trained parameters; scales of quantized weights count as weights.
+
+    `upcast`: peft's k-bit preparation made 16-bit tensors float32, which is a line of its own in an estimate.
+    """
     frozen = [p for p in model.parameters() if not p.requires_grad]
     trained = [p for p in model.parameters() if p.requires_grad]
     scales = [t for p in frozen for t in _quantization_tensors(getattr(p, "quant_state", None))]
     if not frozen:
         return {"weights": tensor_bytes(trained)}
-    return {"weights": tensor_bytes([*frozen, *scales, *model.buffers()]), "adapters": tensor_bytes(trained)}
+    weights = tensor_bytes([*frozen, *scales, *model.buffers()])
+    more = sum(tensor_bytes([p]) // 2 for p in frozen if p.element_size() == 4) if upcast else 0
+    found = {"weights": weights - more, "adapters": tensor_bytes(trained)}
+    return {**found, "upcast weights": more} if more else found
 
 
 def _quantization_tensors(state: Any) -> list[Any]:

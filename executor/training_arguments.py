@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from executor.losses import chunked_loss
 from executor.options import LEARNING_RATE, RunOptions
+from planner.memory.optimizer import OPTIMIZERS
 from planner.types import Strategy, Workload
 
 if TYPE_CHECKING:
@@ -30,6 +31,9 @@ def training_arguments(
     on_card = device.type == "cuda"
     if not on_card and "paged" in strategy.optimizer:
         notes.append(f"{strategy.optimizer}: paging needs a CUDA card; the same optimizer ran unpaged")
+    name = OPTIMIZERS[strategy.optimizer].runs_as or strategy.optimizer
+    if name != strategy.optimizer:
+        notes.append(f"{strategy.optimizer} is {name} in transformers")
     arguments = TrainingArguments(
         output_dir=str(output),
         per_device_train_batch_size=workload.batch_size,
@@ -41,7 +45,7 @@ def training_arguments(
         else options.learning_rate,
         lr_scheduler_type=_schedule(options),
         warmup_steps=math.ceil(options.warmup_ratio * total),
-        optim=strategy.optimizer,
+        optim=name,
         bf16=strategy.dtype == "bf16",
         fp16=strategy.dtype == "fp16",
         use_cpu=not on_card,

@@ -146,7 +146,7 @@ def prefill_seconds(job: Job, rates: Rates, level: Level) -> Seconds | None:
         return None
     compute = rates.compute * efficiency("prefill_compute", level)
     products = _product_seconds(job, 2.0 * work.active_linear_weights * tokens, compute, level)
-    attention = tokens * attention_flops(work, job.workload.prompt_tokens / 2)
+    attention = tokens * _pass_attention(job, job.workload.prompt_tokens, level)
     products += attention / _attention_compute(job, rates.compute, level)
     traffic = efficiency("traffic_per_feature", level) * tokens * work.hidden_size * work.layers
     other = traffic / rates.bandwidth + _dequantize(job, rates, level, 1)
@@ -178,7 +178,7 @@ def train_seconds(job: Job, rates: Rates, level: Level) -> Seconds | None:
     flops = 2.0 * tokens * work.active_linear_weights * (1 + again + backward)
     flops += 2.0 * tokens * work.head_weights * (1 + backward)
     products = _product_seconds(job, flops, compute, level)
-    attention = tokens * attention_flops(work, workload.seq_len / 2) * (1 + again + _ATTENTION_BACKWARD)
+    attention = tokens * _pass_attention(job, workload.seq_len, level) * (1 + again + _ATTENTION_BACKWARD)
     products += attention / _attention_compute(job, rates.compute, level)
     adapters = job.adapter_parameters
     vector = rates.vector or rates.compute / 16
@@ -186,6 +186,9 @@ def train_seconds(job: Job, rates: Rates, level: Level) -> Seconds | None:
     per_feature = efficiency("traffic_per_feature", level) * tokens * work.hidden_size * work.layers
     traffic = per_feature * (3 + again)
     traffic += efficiency("loss_traffic", level) * tokens * work.vocab_size
+    if adapters:  # casts, dropout and sums around each adapted linear, three halves of it in backward
+        features = adapters / workload.lora_rank
+        traffic += efficiency("adapter_traffic", level) * tokens * features * (2.5 + again)
     trained = work.weights if full else adapters
     traffic += _OPTIMIZER_TRAFFIC_BYTES * trained / workload.gradient_accumulation_steps
     other = traffic / rates.bandwidth + _dequantize(job, rates, level, 2 + again)
@@ -225,6 +228,20 @@ def _product_seconds(job: Job, flops: float, compute: float, level: Level) -> fl
 def _attention_compute(job: Job, compute: float, level: Level) -> float:
     eager = efficiency("eager_attention", level) if job.strategy.attention == "eager" else 1.0
     return compute * efficiency("attention_compute", level) * eager
+
+
+def _pass_attention(job: Job, length: int, level: Level) -> float:
+    """Attention's operations for one token of a sequence, on average, in operations of the fused causal
+    kernel. A window shorter than the sequence comes to sdpa as a mask: the kernel that takes one skips
+    nothing and is slower."""
+    total = 0.0
+    for m in job.work.mixing:
+        masked = m.window is not None and length >= m.window and job.strategy.attention == "sdpa"
+        if masked and not job.on_cpu:
+            total += m.count * m.pair_flops * length / efficiency("masked_attention", level)
+        else:
+            total += m.count * m.pair_flops * m.context(length / 2)
+    return total
 
 
 def _dequantize(job: Job, rates: Rates, level: Level, passes: int) -> float:

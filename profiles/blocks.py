@@ -85,6 +85,7 @@ def _state(scope: Evaluator, block: Mapping[str, Any]) -> RecurrentState:
         conv_kernel=scope.value(block["conv_kernel"]),
         state_elements=scope.value(block["state_elements"]),
         state_float32=bool(scope.value(block.get("float32", True))),
+        chunk=scope.value(block.get("chunk", 0)),
     )
 
 

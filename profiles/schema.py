@@ -101,6 +101,8 @@ class RecurrentState(Struct, frozen=True):
     state_elements: int
     """Elements of the recurrent state per sequence (heads x key dim x value dim)."""
     state_float32: bool = True
+    chunk: int = 0
+    """Tokens that a state-space scan with one decay a head (Mamba 2) takes at a time; 0 for other mixers."""
 
 
 class Attention(Struct, frozen=True):

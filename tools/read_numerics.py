@@ -12,6 +12,9 @@ Habits of the modelling code change what autograd keeps, and no config field tel
 * embeddings: peft asks the embedding module's output for a gradient; where the model goes on with a product,
   a sum or a norm of it (moved, positioned, placed, normed), that output stays beside the first layer's input;
 * inline: a feed-forward written out in the layer's own forward lets its input go after the first linear.
+* rope_by_term: each of the two products of a rotation is widened to float32 (Ernie 4.5);
+* rope_by_kind: one pair of rotary tables for each kind of layer, made before the first;
+* ungrouped: torch's attention is handed one key head for many query heads, which no fused kernel takes;
 * routers: where the weights of the chosen experts stay float32, so do the experts' weighted outputs; autocast
   decides otherwise than the code says (`sum` answers in float32, `linear` in 16 bits);
 * shared_first: shared experts run before the routed ones; clamped_experts: they bound gate and up (GPT-OSS);
@@ -117,6 +120,26 @@ def _float32_rope(tree: ast.Module) -> bool:
     """Does rotation widen queries and keys first?"""
     rotate = [n for n in tree.body if isinstance(n, ast.FunctionDef) and n.name == "apply_rotary_pos_emb"]
     return any("q = q.float()" in ast.unparse(node) for node in rotate)
+
+
+def _rope_by_term(tree: ast.Module) -> bool:
+    """Does rotation widen queries and keys product by product?"""
+    rotate = [n for n in tree.body if isinstance(n, ast.FunctionDef) and n.name == "apply_rotary_pos_emb"]
+    return any("q.float() * cos" in ast.unparse(node) for node in rotate)
+
+
+def _rope_by_kind(tree: ast.Module) -> bool:
+    """Does the model make rotary tables for each kind of layer?"""
+    return "self.rotary_emb(hidden_states, position_ids, layer_type)" in ast.unparse(tree)
+
+
+def _ungrouped(tree: ast.Module) -> bool:
+    """Does attention call torch's own with key heads that are neither repeated nor announced as grouped?"""
+    for node in tree.body:
+        text = ast.unparse(node) if isinstance(node, ast.ClassDef) else ""
+        if "scaled_dot_product_attention(" in text and "multi_query" in text and "enable_gqa" not in text:
+            return True
+    return False
 
 
 ATTENTION = ("attn", "attention", "mixer")
@@ -271,6 +294,9 @@ HABITS = {
     "float32_norm": _float32_norm,
     "concatenated_rope": _concatenated_rope,
     "float32_rope": _float32_rope,
+    "rope_by_term": _rope_by_term,
+    "rope_by_kind": _rope_by_kind,
+    "ungrouped": _ungrouped,
     "keeps_attention": lambda tree: "attention" in _names_at_feed_forward(tree),
     "inline_feed_forward": _inline,
     "keeps_normed": lambda tree: "normed" in _names_at_feed_forward(tree),

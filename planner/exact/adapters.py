@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from planner.memory.adapters import EXPERT_NAMES
+from planner.memory.adapters import EXPERT_NAMES, ROUTER
 from planner.types import Strategy, Workload
 
 
@@ -49,7 +49,7 @@ def target_modules(model: Any, wanted: str) -> str | list[str]:
 
     In models whose experts are fused, peft reads the names of dense feed-forward linears as names of the
     experts' stacked parameters (in `all-linear` even unasked). Those cannot have dropout, so there only
-    linears with other names are adapted, each spelled out.
+    linears with other names are adapted, each spelled out; routers that answer with a tuple are not.
     """
     fused = _has_fused_experts(model)
     if wanted == "all-linear" and not fused:
@@ -57,7 +57,8 @@ def target_modules(model: Any, wanted: str) -> str | list[str]:
     names = _linears_of_layers(model)
     if wanted == "attention":
         names = [n for n in names if any("attn" in part or "attention" in part for part in n.split(".")[:-1])]
-    return [n for n in names if not (fused and n.rsplit(".", 1)[-1] in EXPERT_NAMES)]
+    left_alone = {*EXPERT_NAMES, ROUTER} if fused else set()
+    return [n for n in names if n.rsplit(".", 1)[-1] not in left_alone]
 
 
 def _has_fused_experts(model: Any) -> bool:

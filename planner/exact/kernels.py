@@ -82,7 +82,7 @@ def _int8_mixed(args: Any, kwargs: Any, out: Any, card: Any) -> int:
 
 
 def _safe_softmax(args: Any, kwargs: Any, out: Any, card: Any) -> int:
-    """Where the scores are minus infinity, for rows masked as a whole (aten/native/SoftMax.cpp)."""
+    """Which scores are minus infinity, to find rows masked as a whole (aten/native/SoftMax.cpp)."""
     n: int = args[0].numel()
     return rounded(n)
 

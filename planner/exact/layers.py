@@ -76,8 +76,12 @@ def signature(layer: torch.nn.Module) -> tuple[Any, ...]:
     return tuple(parts)
 
 
-def survey(model: Any, reduce: bool = True) -> Layers | None:
-    """The layers of a model and which of them to run; None where they cannot be told apart."""
+def survey(model: Any, reduce: bool = True, attention_only: bool = False) -> Layers | None:
+    """The layers of a model and which of them to run; None where they cannot be told apart.
+
+    `attention_only`: nothing before the first layer with attention is trained, so layers there are not like
+    those that follow.
+    """
     found = find_layers(model)
     if found is None:
         return None
@@ -86,7 +90,10 @@ def survey(model: Any, reduce: bool = True) -> Layers | None:
     types = getattr(model.config.get_text_config(), "layer_types", None) or [None] * len(layers)
     if len(types) != len(layers):
         types = [None] * len(layers)
-    kinds = tuple(seen.setdefault((types[i], *signature(layer)), len(seen)) for i, layer in enumerate(layers))
+    first = next((i for i, layer in enumerate(layers) if _attends(layer)), 0) if attention_only else 0
+    places = [max(-1, min(1, i - first)) if first else 0 for i in range(len(layers))]
+    keys = [(types[i], places[i], *signature(layer)) for i, layer in enumerate(layers)]
+    kinds = tuple(seen.setdefault(key, len(seen)) for key in keys)
     if not reduce or _shares_between_layers(model):
         return Layers(kinds, tuple(range(len(kinds))), path)
     keep: set[int] = {0, len(kinds) - 1}
@@ -97,6 +104,10 @@ def survey(model: Any, reduce: bool = True) -> Layers | None:
         if len(places) > 2 and kind == kinds[-1] and len(inner) > 1:
             keep.add(inner[-1])
     return Layers(kinds, tuple(sorted(keep)), path)
+
+
+def _attends(layer: torch.nn.Module) -> bool:
+    return any("attn" in name or "attention" in name for name, _ in layer.named_modules())
 
 
 def _shares_between_layers(model: Any) -> bool:

@@ -69,7 +69,8 @@ def trace_job(
         config = build.load_config(facts)
         model = build.build_model(config, how)
         attention = str(model.config.get_text_config()._attn_implementation)
-        layers = survey(model, reduce)
+        attention_only = work.method != "full" and work.lora_targets == "attention"
+        layers = survey(model, reduce, work.task == "train" and attention_only)
         if layers is not None:
             cut(model, layers)
         tokens = (

@@ -18,6 +18,10 @@ EXPERT_NAMES = frozenset({"gate", "gate_proj", "up_proj", "down_proj", "w1", "w2
 """Where experts are fused, peft reads these names as the experts' 3-D parameters, which cannot have dropout:
 linears called so are left alone there (planner/exact/adapters.py)."""
 
+ROUTER = "router"
+"""A router of this name is a linear that answers with scores, weights and indices (Llama 4, Phi-MoE); peft
+adapts only those that answer with one tensor."""
+
 
 def fuses_experts(arch: Architecture) -> bool:
     """Are any experts kept as 3-D parameters?"""
@@ -28,7 +32,7 @@ def fuses_experts(arch: Architecture) -> bool:
 def is_target(linear: Linear, targets: str, fused_experts: bool) -> bool:
     """Does LoRA adapt this linear? `attention`: every linear inside a module called attn or attention."""
     *path, last = linear.name.split(".")
-    if fused_experts and last in EXPERT_NAMES:
+    if fused_experts and (last in EXPERT_NAMES or last == ROUTER):
         return False
     return targets == "all-linear" or any("attn" in part or "attention" in part for part in path)
 

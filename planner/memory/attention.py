@@ -12,6 +12,7 @@ from msgspec.structs import replace
 
 from planner.memory.forward import Pass, adapted, linear, norm, normed
 from planner.memory.kvcache import remember
+from planner.memory.mamba import mamba2
 from planner.memory.recurrent import recurrent
 from planner.memory.tape import Tape, Tensor, rounded
 from profiles.schema import Architecture, Attention, Linear
@@ -26,6 +27,8 @@ def attention(tape: Tape, p: Pass, x: Tensor, spec: Attention) -> Tensor | None:
         return None
     if spec.kind == "recurrent":
         return recurrent(tape, p, x, spec, _inner(spec), output_projection(spec))
+    if beside := [item for item in spec.linears if item.name.startswith("mamba.")]:
+        return _beside_mamba(tape, p, x, spec, beside)
     if spec.kind == "latent":
         return _latent(tape, p, x, spec)
     q, k, v, gate = _qkv(tape, p, x, spec)
@@ -37,6 +40,19 @@ def attention(tape: Tape, p: Pass, x: Tensor, spec: Attention) -> Tensor | None:
     result = linear(tape, p, out, output_projection(spec))
     tape.free(out)
     return result
+
+
+def _beside_mamba(tape: Tape, p: Pass, x: Tensor, spec: Attention, beside: list[Linear]) -> Tensor:
+    """Falcon H1: a state-space mixer and attention read the same input; both are scaled and added up."""
+    plain = replace(spec, linears=tuple(item for item in spec.linears if item not in beside))
+    scanned = mamba2(tape, p, x, spec, beside[0], beside[-1])
+    scaled = tape.op((scanned,), scanned.bytes)
+    tape.free(scanned)
+    mixed = attention(tape, p, x, plain)
+    assert mixed is not None
+    out = tape.add(scaled, mixed)
+    tape.free(scaled, mixed)
+    return out
 
 
 def output_projection(spec: Attention) -> Linear:
@@ -78,7 +94,7 @@ def _qkv(tape: Tape, p: Pass, x: Tensor, spec: Attention) -> tuple[Tensor, Tenso
         k = _head_norm(tape, p, k, spec, "k", kv) if len(projections) > 1 else k
         v = linear(tape, p, x, projections[2]) if len(projections) > 2 else tape.hold(k)
     if spec.rope:
-        q, k = rope(tape, p, q, k)
+        q, k = rope(tape, p, q, k, e)
     return q, k, v, gate
 
 
@@ -105,11 +121,16 @@ def _head_norm(tape: Tape, p: Pass, x: Tensor, spec: Attention, which: str, head
     return x
 
 
-def rope(tape: Tape, p: Pass, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+def rope(tape: Tape, p: Pass, q: Tensor, k: Tensor, features: int) -> tuple[Tensor, Tensor]:
     """apply_rotary_pos_emb: three copies in flight for each of q and k; the inputs stay bound until it
-    returns."""
+    returns. `features`: of a head."""
     if p.liger:  # rotates in place (liger_kernel/ops/rope.py)
         return q, k
+    if p.rope_by_term:
+        tables = tape.new(2 * 4 * p.seq * features)  # every entry of cos and sin twice
+        rotated_by_term = _rope_by_term(tape, q, k)
+        tape.free(tables)
+        return rotated_by_term
     wide = tuple(tape.cast(x, 4) if p.float32_rope else tape.hold(x) for x in (q, k))
     rotated = []
     for x in wide:
@@ -121,6 +142,25 @@ def rope(tape: Tape, p: Pass, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
         tape.free(cos, sin)
     narrow = [tape.cast(x, item.width) for x, item in zip(rotated, (q, k), strict=True)]
     tape.free(*wide, *rotated, q, k)
+    return narrow[0], narrow[1]
+
+
+def _rope_by_term(tape: Tape, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+    """models/ernie4_5/modeling_ernie4_5.py: q.float() * cos + rotate_half(q).float() * sin, cast back at the
+    end."""
+    sums = []
+    for x in (q, k):
+        terms = []
+        for turned in (False, True):
+            source = tape.op((x,), x.bytes, temp=x.bytes // 2) if turned else tape.hold(x)
+            raised = tape.cast(source, 4)
+            tape.free(source)
+            terms.append(tape.op((raised,), raised.bytes))
+            tape.free(raised)
+        sums.append(tape.add(terms[0], terms[1]))
+        tape.free(*terms)
+    narrow = [tape.cast(x, item.width) for x, item in zip(sums, (q, k), strict=True)]
+    tape.free(*sums, q, k)
     return narrow[0], narrow[1]
 
 
@@ -146,8 +186,20 @@ def mask_bytes(arch: Architecture, p: Pass) -> int:
 def input_bytes(arch: Architecture, p: Pass, tokens: int) -> int:
     """Token ids, labels, positions and mask (int64, B x `tokens` each), the cos and sin tables of rotary
     embeddings, attention masks."""
-    rope = max((layer.attention.head_dim for layer in arch.kinds if layer.attention.rope), default=0)
-    return 4 * rounded(p.batch * tokens * 8) + 2 * rounded(p.seq * rope * p.width) + mask_bytes(arch, p)
+    turned = {
+        layer.attention.window: layer.attention.head_dim for layer in arch.kinds if layer.attention.rope
+    }
+    rope = sorted(turned.values(), reverse=True)[: None if p.rope_by_kind else 1]
+    width = 4 if p.rope_by_term else p.width  # those that rotate in float32 keep float32 tables
+    tables = sum(2 * rounded(p.seq * features * width) for features in rope)
+    return 4 * rounded(p.batch * tokens * 8) + tables + mask_bytes(arch, p) + _per_layer_bytes(arch, p)
+
+
+def _per_layer_bytes(arch: Architecture, p: Pass) -> int:
+    """What Gemma 3n and 4 embed for every layer at once, and for a model with towers, whose outer frame names
+    it, also as it came from the table (models/gemma4/modeling_gemma4.py, project_per_layer_inputs)."""
+    columns = sum(item.shape[1] for item in arch.embeddings if "per_layer" in item.name)
+    return rounded(p.tokens * columns * p.width) * (2 if arch.towers else 1)
 
 
 def _core(tape: Tape, p: Pass, spec: Attention, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -172,6 +224,8 @@ def _narrow(tape: Tape, p: Pass, x: Tensor) -> Tensor:
 
 def _fused(tape: Tape, p: Pass, spec: Attention, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     heads, kv = spec.heads, spec.kv_heads or spec.heads
+    if p.ungrouped and heads != kv and p.attention == "sdpa":
+        return _plain(tape, p, spec, q, k, v)
     value = spec.value_dim or spec.head_dim
     out_bytes = p.tokens * heads * value * p.width
     statistics = tape.new(p.tokens * heads * 4)
@@ -196,6 +250,28 @@ def _fused(tape: Tape, p: Pass, spec: Attention, q: Tensor, k: Tensor, v: Tensor
         contiguous = tape.op((out,), out_bytes)
         tape.free(out)
         out = contiguous
+    return out
+
+
+def _plain(tape: Tape, p: Pass, spec: Attention, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """torch's attention without a fused kernel, in float32 (aten/native/transformers/attention.cpp,
+    `_scaled_dot_product_attention_math`); its softmax looks for rows that are masked as a whole."""
+    span = p.seq + p.past
+    scores = p.batch * spec.heads * p.seq * span * 4
+    wide = [tape.cast(x, 4) for x in (q, k, v)]
+    scaled = [tape.op((x,), x.bytes) for x in wide[:2]]
+    mask = tape.new(p.seq * span * 4) if p.seq > 1 else None
+    product = tape.op(scaled, scores, save=scaled)
+    soft = tape.op((product,), scores, save_out=True, back_temp=scores)
+    tape.touch(scores // 4)
+    tape.free(product, mask)
+    values = wide[2]
+    answer = tape.op(
+        (soft, values), p.tokens * spec.heads * (spec.value_dim or spec.head_dim) * 4, save=(soft, values)
+    )
+    out = tape.cast(answer, p.width)
+    tape.touch(scores * p.width // 4)  # the weights too are cast back
+    tape.free(soft, answer, *wide, *scaled)
     return out
 
 

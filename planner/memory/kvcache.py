@@ -46,10 +46,11 @@ def layer_kv_bytes(spec: Attention, batch: int, tokens: int, width: int) -> int:
     >>> layer_kv_bytes(Attention(kind="full", heads=28, kv_heads=4, head_dim=128, value_dim=128), 1, 2048, 2)
     4194304
     """
-    if spec.kind == "recurrent" and spec.state is not None:
+    state = 0
+    if spec.state is not None:
         state = rounded(batch * spec.state.state_elements * (4 if spec.state.state_float32 else width))
-        return state + rounded(batch * spec.state.conv_dim * spec.state.conv_kernel * width)
-    return sum(rounded(batch * tokens * elements * width) for elements in token_elements(spec))
+        state += rounded(batch * spec.state.conv_dim * spec.state.conv_kernel * width)
+    return state + sum(rounded(batch * tokens * elements * width) for elements in token_elements(spec))
 
 
 def kept_tokens(spec: Attention, tokens: int, sliced: bool) -> int:
@@ -78,7 +79,8 @@ def cache_bytes(
         away = [n for n, spec in zip(whole, specs, strict=True) if spec.kind != "recurrent"]
         stays = sum(whole[kind] for kind in arch.order if specs[kind].kind == "recurrent")
         one, two = (min(final, stays + n * max(away, default=0)) for n in (1, 2))
-        return CacheBytes(one, two, grown, final - stays)
+        copies = [_pinned(spec, batch, prompt, tokens, width) for spec in specs]
+        return CacheBytes(one, two, grown, sum(copies[kind] for kind in arch.order))
     full = [filled_bytes(spec, batch, prompt, width, cache) for spec in specs]
     if cache == "quantized":
         whole = [_packed(spec, batch, prompt, tokens, width) for spec in specs]
@@ -86,7 +88,19 @@ def cache_bytes(
     return CacheBytes(sum(full[kind] for kind in arch.order), final, grown)
 
 
-def filled_bytes(spec: Attention, batch: int, prompt: int, width: int, cache: Cache) -> int:
+def _pinned(spec: Attention, batch: int, prompt: int, tokens: int, width: int) -> int:
+    """RAM behind one layer of an offloaded cache: `.to("cpu", non_blocking=True)` pins it, and torch's pinned
+    allocator takes powers of two and keeps what is freed (ATen/core/CachingHostAllocator.h). So the sizes
+    that a tensor has had, from the prompt to the last token, stand side by side."""
+    total = 0
+    for elements in token_elements(spec):
+        sizes = [batch * kept_tokens(spec, n, False) * elements * width for n in (prompt, tokens)]
+        first, last = (1 << (n - 1).bit_length() for n in sizes)
+        total += first if first == last else 2 * last - first
+    return total
+
+
+def filled_bytes(spec: Attention, batch: int, prompt: int, width: int, cache: str) -> int:
     """What one layer of a growing cache holds after the prompt, a sliding one all of it.
 
     quantized: 4 bits and two 16-bit numbers for each group of values in layers without a window; up to 128

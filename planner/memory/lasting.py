@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 from msgspec import Struct
 
-from planner.memory.adapters import adapter_tensors
+from planner.memory.adapters import adapter_tensors, is_target
 from planner.memory.attention import input_bytes
 from planner.memory.forward import Pass
 from planner.memory.layer import layer_tensors
 from planner.memory.moments import line
 from planner.memory.optimizer import StateBytes, state_bytes
+from planner.memory.segments import lasting_unasked
 from planner.memory.tape import booked, rounded
-from planner.memory.weights import weight_bytes
+from planner.memory.weights import layer_linears, weight_bytes
 from planner.types import MemoryLine, Strategy, Workload
 from profiles.schema import Architecture, Linear, Parameter, Tower
 
@@ -34,15 +37,16 @@ class Lasting(Struct, frozen=True):
 
 def lasting(arch: Architecture, work: Workload, how: Strategy, p: Pass, workspace: int) -> Lasting:
     """Everything that outlives a step. `workspace`: bytes of one cuBLAS workspace."""
-    loaded = weight_bytes(arch, how.quant, how.quant_experts, how.dtype).total(arch.order)
-    wide = 0
+    weights = weight_bytes(arch, how.quant, how.quant_experts, how.dtype)
+    loaded, wide = weights.total(arch.order), 0
     if how.upcast_frozen:
-        wide = weight_bytes(arch, how.quant, how.quant_experts, "fp32").total(arch.order) - loaded
+        upcast = weight_bytes(arch, how.quant, how.quant_experts, "fp32")
+        wide = upcast.counted(arch.order) - weights.counted(arch.order)
     tensors, embeddings, width = trained_tensors(arch, work, p)
     every = (*tensors, *((size, 1) for size in embeddings))
-    adapters = 0 if p.full else sum(rounded(size * width) * count for size, count in tensors)
-    gradient_bytes = sum(booked(size * width) * count for size, count in every)
-    state = state_bytes(how.optimizer, tensors, width, embeddings)
+    one = sum(rounded(size * width) * count for size, count in every) + _unasked(arch, work, p, width)
+    adapters, gradient_bytes = 0 if p.full else one, one
+    state = optimizer_state(arch, work, how, p)
     trained = sum(size * count for size, count in every)
     text = "trained in place" if p.full else f"frozen, {how.quant if how.quant != 'none' else how.dtype}"
     lines = (
@@ -63,6 +67,36 @@ def lasting(arch: Architecture, work: Workload, how: Strategy, p: Pass, workspac
         booked(embeddings[0] * width) if embeddings else 0,
         arch.head is None,
     )
+
+
+def optimizer_state(arch: Architecture, work: Workload, how: Strategy, p: Pass) -> StateBytes:
+    """Optimizer state of the whole job, on the card and paged."""
+    tensors, embeddings, width = trained_tensors(arch, work, p)
+    return state_bytes(
+        how.optimizer, tensors, width, embeddings, lambda width: _unasked(arch, work, p, width)
+    )
+
+
+def _unasked(arch: Architecture, work: Workload, p: Pass, width: int) -> int:
+    """What one list of tensors like those trained, of `width` bytes an element, is handed unasked."""
+    adapters = None if p.full else (work.lora_rank, work.lora_targets, p.fused_experts)
+    return _unasked_in_order(arch, adapters, width)
+
+
+@lru_cache(maxsize=1024)
+def _unasked_in_order(arch: Architecture, adapters: tuple[int, str, bool] | None, width: int) -> int:
+    if adapters is None:
+        layers = [layer_tensors(layer) for layer in arch.kinds]
+        sizes = [item.elements for item in arch.embeddings if not item.buffer]
+    else:
+        rank, targets, fused = adapters
+        found = [[x for x in layer_linears(layer) if is_target(x, targets, fused)] for layer in arch.kinds]
+        layers = [[n * rank for x in linears for n in (x.inputs, x.outputs)] for linears in found]
+        sizes = []
+    sizes += [size for kind in arch.order for size in layers[kind]]
+    if adapters is None and arch.head is not None:
+        sizes.append(arch.head.parameters)
+    return lasting_unasked([size * width for size in sizes])
 
 
 def trained_tensors(arch: Architecture, work: Workload, p: Pass) -> tuple[Counts, tuple[int, ...], int]:

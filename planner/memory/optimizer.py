@@ -9,11 +9,11 @@ tensors under 4096 elements stay 32-bit; tensors of 100,000 elements or more are
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 from msgspec import Struct
 
-from planner.memory.tape import booked, rounded
+from planner.memory.tape import rounded
 
 BLOCK = 256
 SMALL = 4096
@@ -28,22 +28,26 @@ class Optimizer(Struct, frozen=True, kw_only=True):
     bits: int | None = None
     """8 or 32 for bitsandbytes; None: the parameter's own dtype (torch)."""
     paged: bool = False
-    foreach: bool = False
-    """Steps through lists of tensors with a temporary as large as one state."""
+    lists: int = 0
+    """Lists of temporaries, each as large as one state, that a step through all tensors at once makes
+    (foreach): Adam's and RMSprop's square roots, Adagrad's and its scaled gradients."""
     fused: bool = False
     """Keeps each parameter's step count on the card."""
     factored: bool = False
     """Adafactor: one row and one column per matrix instead of a state as large as the parameter."""
 
+    runs_as: str = ""
+    """What transformers calls it, where that is another name."""
+
 
 OPTIMIZERS: dict[str, Optimizer] = {
-    "adamw_torch": Optimizer(states=2, foreach=True),
+    "adamw_torch": Optimizer(states=2, lists=1),
     "adamw_torch_fused": Optimizer(states=2, fused=True),
     "adamw_8bit": Optimizer(states=2, bits=8),
     "adamw_bnb_8bit": Optimizer(states=2, bits=8),
     "paged_adamw_8bit": Optimizer(states=2, bits=8, paged=True),
     "paged_adamw_32bit": Optimizer(states=2, bits=32, paged=True),
-    "paged_adamw": Optimizer(states=2, bits=32, paged=True),
+    "paged_adamw": Optimizer(states=2, bits=32, paged=True, runs_as="paged_adamw_32bit"),
     "lion_32bit": Optimizer(states=1, bits=32),
     "lion_8bit": Optimizer(states=1, bits=8),
     "paged_lion_32bit": Optimizer(states=1, bits=32, paged=True),
@@ -55,9 +59,9 @@ OPTIMIZERS: dict[str, Optimizer] = {
     "ademamix_8bit": Optimizer(states=3, bits=8),
     "paged_ademamix_32bit": Optimizer(states=3, bits=32, paged=True),
     "paged_ademamix_8bit": Optimizer(states=3, bits=8, paged=True),
-    "rmsprop": Optimizer(states=1, foreach=True),
-    "adagrad": Optimizer(states=1, foreach=True),
-    "sgd": Optimizer(states=0, foreach=True),
+    "rmsprop": Optimizer(states=1, lists=1),
+    "adagrad": Optimizer(states=1, lists=2),
+    "sgd": Optimizer(states=0),
     "adafactor": Optimizer(states=0, factored=True),
 }
 """The `optim` names Fitwright estimates and runs."""
@@ -75,24 +79,42 @@ class StateBytes(Struct, frozen=True):
 
 
 def state_bytes(
-    name: str, tensors: Iterable[tuple[int, int]], width: int, embeddings: tuple[int, ...] = ()
+    name: str,
+    tensors: Iterable[tuple[int, int]],
+    width: int,
+    embeddings: tuple[int, ...] = (),
+    unasked: Callable[[int], int] = lambda _: 0,
 ) -> StateBytes:
     """State for `tensors` of (elements, count), stored in `width` bytes each.
 
     `embeddings`: elements of trained token embeddings (not among `tensors`), which stay in 32 bits.
+    `unasked`: bytes the allocator hands out beside one list of such tensors, by the bytes of an element.
     """
     kind = OPTIMIZERS[name]
-    device = managed = temporary = largest = 0
+    device = managed = largest = 0
+    if not kind.paged and not kind.factored:
+        device = kind.states * unasked(width if kind.bits is None else kind.bits // 8)
+    temporary = kind.lists * unasked(width)
     every = [(size, count, False) for size, count in tensors] + [(size, 1, True) for size in embeddings]
     for size, count, embedding in every:
         on, paged = _one(kind, size, width, embedding)
         device += count * on
         managed += count * paged
-        if kind.foreach and kind.states:
-            temporary += count * rounded(size * width)
+        temporary += kind.lists * count * rounded(size * width)
         if kind.factored:
-            largest = max(largest, 3 * rounded(size * 4))
+            largest = max(largest, _factored_step(size, width, count > 1))
     return StateBytes(device, managed, temporary + largest)
+
+
+def _factored_step(size: int, width: int, repeated: bool) -> int:
+    """float32 copies of one parameter: gradient and value where they are narrower, the gradient's square, and
+    that plus epsilon; the update of the parameter before is still named (transformers `optimization.py`,
+    `Adafactor.step`).
+
+    `repeated`: the parameter before may have been as large.
+    """
+    copies = (2 if width == 4 else 4) + (1 if repeated else 0)
+    return copies * rounded(size * 4)
 
 
 def _one(kind: Optimizer, size: int, width: int, embedding: bool) -> tuple[int, int]:
@@ -100,10 +122,10 @@ def _one(kind: Optimizer, size: int, width: int, embedding: bool) -> tuple[int, 
         side = int(size**0.5)
         return 2 * rounded(4 * side), 0
     if kind.bits is None:
-        return kind.states * booked(size * width) + (rounded(4) if kind.fused else 0), 0
+        return kind.states * rounded(size * width) + (rounded(4) if kind.fused else 0), 0
     wide = kind.bits == 32 or size < SMALL or embedding
-    state = kind.states * booked(size * (4 if wide else 1))
-    scales = 0 if wide else kind.states * booked(4 * -(-size // BLOCK))
+    state = kind.states * rounded(size * (4 if wide else 1))
+    scales = 0 if wide else kind.states * rounded(4 * -(-size // BLOCK))
     if kind.paged and size >= PAGED_FROM:
         return scales, kind.states * size * (4 if wide else 1)
     return state + scales, 0

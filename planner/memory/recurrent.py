@@ -11,6 +11,7 @@ from __future__ import annotations
 from msgspec import Struct
 
 from planner.memory.forward import linear, norm
+from planner.memory.mamba import is_mamba2, mamba2
 from planner.memory.shapes import Pass
 from planner.memory.tape import Tape, Tensor
 from profiles.schema import Attention, Linear
@@ -31,9 +32,29 @@ def _is_delta(item: Linear) -> bool:
 
 def recurrent(tape: Tape, p: Pass, x: Tensor, spec: Attention, inner: list[Linear], last: Linear) -> Tensor:
     """Output of a recurrent mixer. `inner`: its linears but the output projection `last`. x: [T, D]."""
+    if is_mamba2(spec):
+        return mamba2(tape, p, x, spec, inner[0], last)
     if any(_is_delta(item) for item in inner):
         return _gated_delta(tape, p, x, spec, inner, last)
+    if len(inner) == 1 and inner[0].outputs == 3 * last.inputs:
+        return _short_convolution(tape, p, x, inner[0], last)
     return _scan(tape, p, x, spec, inner, last)
+
+
+def _short_convolution(tape: Tape, p: Pass, x: Tensor, first: Linear, last: Linear) -> Tensor:
+    """models/lfm2/modeling_lfm2.py: B, C, x = in_proj(x); C * conv(B * x), made contiguous for out_proj."""
+    n = p.tokens * last.inputs * p.width
+    fused = linear(tape, p, x, first)
+    before, after, source = (tape.view(fused, n) for _ in range(3))
+    product = tape.op((before, source), n, save=(before, source))
+    weight = tape.parameter(last.inputs * p.width, p.full)
+    convolved = tape.op((product, weight), n, save=(product,))
+    gated = tape.op((after, convolved), n, save=(after, convolved))
+    contiguous = tape.op((gated,), n)
+    tape.free(gated)
+    out = linear(tape, p, contiguous, last)
+    tape.free(fused, before, after, source, product, convolved, contiguous)
+    return out
 
 
 def _scan(tape: Tape, p: Pass, x: Tensor, spec: Attention, inner: list[Linear], last: Linear) -> Tensor:

@@ -60,6 +60,12 @@ class Pass(Struct, frozen=True, kw_only=True):
     """Rotated and untouched parts of a head are concatenated: another memory layout for attention."""
     float32_rope: bool = False
     """Queries and keys are rotated in float32 (Cohere)."""
+    rope_by_term: bool = False
+    """Each of the two products of a rotation widens its factor to float32 (Ernie 4.5)."""
+    rope_by_kind: bool = False
+    """One pair of rotary tables for each kind of layer."""
+    ungrouped: bool = False
+    """torch's attention gets one key head for many query heads: plain matrix products (Falcon)."""
     keeps_attention: bool = False
     """A layer's frame names attention's output while its feed-forward runs (GPT-2, StableLM)."""
     keeps_normed: bool = False
@@ -93,6 +99,9 @@ class Numerics(Struct, frozen=True):
     float32_norm: frozenset[str]
     concatenated_rope: frozenset[str]
     float32_rope: frozenset[str]
+    rope_by_term: frozenset[str]
+    rope_by_kind: frozenset[str]
+    ungrouped: frozenset[str]
     keeps_attention: frozenset[str]
     keeps_normed: frozenset[str]
     inline_feed_forward: frozenset[str]
@@ -114,6 +123,9 @@ def habits(model_type: str, train: bool) -> dict[str, Any]:
         "float32_norm": model_type in facts.float32_norm,
         "concatenated_rope": model_type in facts.concatenated_rope,
         "float32_rope": model_type in facts.float32_rope,
+        "rope_by_term": model_type in facts.rope_by_term,
+        "rope_by_kind": model_type in facts.rope_by_kind,
+        "ungrouped": model_type in facts.ungrouped,
         "keeps_attention": model_type in facts.keeps_attention,
         "keeps_normed": model_type in facts.keeps_normed,
         "inline_feed_forward": model_type in facts.inline_feed_forward,

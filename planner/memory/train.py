@@ -12,14 +12,16 @@ from itertools import accumulate
 from msgspec.structs import replace
 
 from planner.memory.adapters import adapter_parameters, fuses_experts
+from planner.memory.forward import adapted
 from planner.memory.head import HeadCost, ending, head_cost, largest_block
-from planner.memory.lasting import Lasting, lasting, trained_tensors
+from planner.memory.lasting import Lasting, lasting
+from planner.memory.lasting import optimizer_state as state_of
 from planner.memory.layer import Through, embedded, layer_cost, through
 from planner.memory.moments import CardMemory, Snapshot, line, snapshot
-from planner.memory.optimizer import StateBytes, state_bytes
+from planner.memory.optimizer import StateBytes
 from planner.memory.shapes import Pass, habits
 from planner.memory.tape import rounded
-from planner.memory.weights import WIDTH, load_transient_bytes, weight_bytes
+from planner.memory.weights import WIDTH, layer_linears, load_transient_bytes, weight_bytes
 from planner.types import MemoryLine, Strategy, Workload
 from profiles.schema import Architecture
 
@@ -82,8 +84,7 @@ def training_memory(arch: Architecture, work: Workload, how: Strategy, workspace
 
 def optimizer_state(arch: Architecture, work: Workload, how: Strategy) -> StateBytes:
     """Optimizer state of the whole job, on the card and paged."""
-    tensors, embeddings, width = trained_tensors(arch, work, training_pass(arch, work, how))
-    return state_bytes(how.optimizer, tensors, width, embeddings)
+    return state_of(arch, work, how, training_pass(arch, work, how))
 
 
 # --------------------------------------------------------------------------- moments
@@ -176,8 +177,11 @@ def _recorded(
     block: int,
 ) -> list[Snapshot]:
     stream, costs = _stream(arch, p), list(layers.costs)
-    if not p.full:  # nothing asks the embeddings for a gradient: the first layer's frozen part saves less
-        costs[0] = layer_cost(arch.kinds[arch.order[0]], p, arch.hidden_size, True)
+    if not p.full:  # nothing asks the embeddings for a gradient: until an adapter does, less is saved
+        for i, kind in enumerate(arch.order):
+            costs[i] = layer_cost(arch.kinds[kind], p, arch.hidden_size, True)
+            if any(adapted(p, item) for item in layer_linears(arch.kinds[kind])):
+                break
     before = list(accumulate((cost.saved for cost in costs), initial=0))
     total = before[-1]
     at = max(range(arch.layers), key=lambda i: before[i] + costs[i].record_peak)

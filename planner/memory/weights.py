@@ -14,6 +14,7 @@ from functools import lru_cache
 
 from msgspec import Struct
 
+from planner.memory.loading import unasked_bytes
 from planner.memory.tape import rounded
 from profiles.precisions import load_precisions, stored_bytes
 from profiles.schema import Architecture, Experts, Layer, Linear, Norm, Parameter, Tower
@@ -41,9 +42,15 @@ class WeightBytes(Struct, frozen=True):
     largest_fused: int
     """Biggest fused expert stack: assembled from per-expert tensors while loading. Where experts are
     quantized, twice one expert's part of it: they are read, assembled and packed one by one."""
+    unasked: int = 0
+    """What the allocator's blocks hold beside them (planner.memory.loading)."""
 
     def total(self, order: tuple[int, ...]) -> int:
         """All loaded bytes."""
+        return self.counted(order) + self.unasked
+
+    def counted(self, order: tuple[int, ...]) -> int:
+        """Bytes of all tensors."""
         return sum(self.layers[kind] for kind in order) + self.embeddings + self.head + self.other
 
 
@@ -160,6 +167,7 @@ def weight_bytes(arch: Architecture, quant: str, quant_experts: str, dtype: str)
         other=other,
         largest_unquantized=max((*quantized, *(stacks if packed else ())), default=0),
         largest_fused=max(stacks, default=0) * (2 if packed else 1),
+        unasked=0 if quant_experts != "none" else unasked_bytes(arch, quant, width),
     )
 
 

@@ -82,7 +82,8 @@ def test_kinds_of_cache() -> None:
     assert lines(static, 0)["kv cache"] == lines(static, 2)["kv cache"] == 3 * tokens * KV
     assert "kv copy" not in lines(static, 2)
     away = memory(generate(), Strategy(cache="offloaded"))
-    assert (lines(away, 2)["kv cache"], away.host_bytes) == (2 * tokens * KV, 3 * tokens * KV)
+    pinned = 2 * (16384 + 32768)  # keys and values in powers of two: 256 tokens, then up to 320
+    assert (lines(away, 2)["kv cache"], away.host_bytes) == (2 * tokens * KV, 3 * pinned)
     packed = memory(generate(), Strategy(cache="quantized"))
     assert lines(packed, 2)["kv cache"] < 0.6 * lines(memory(generate()), 2)["kv cache"]
 

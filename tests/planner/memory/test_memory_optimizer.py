@@ -78,14 +78,38 @@ def test_sgd_keeps_nothing() -> None:
 
 
 def test_adafactor_keeps_a_row_and_a_column() -> None:
-    # a square of 1000 x 1000: two vectors of 1000 float32 (4,000 -> 4,096), and three float32 copies at work
-    found = state_bytes("adafactor", [(LARGE, 4)], 2)
-    assert (found.device, found.temporary) == (4 * 2 * 4_096, 3 * 4_000_256)
+    # a square of 1000 x 1000: two vectors of 1000 float32 (4,000 -> 4,096)
+    assert state_bytes("adafactor", [(LARGE, 4)], 2).device == 4 * 2 * 4_096
 
 
-def test_states_that_last_keep_the_rest_of_their_segment() -> None:
-    # 11 MiB of bf16: a 12 MiB segment each
-    assert state_bytes("adamw_torch", [(11 * 2**19, 1)], 2).device == 2 * 12 * 2**20
+def test_adafactor_works_on_float32_copies_of_one_parameter() -> None:
+    # gradient, value, its square and that plus epsilon; of the one before, its update
+    one, some = (state_bytes("adafactor", [(LARGE, count)], 2).temporary for count in (1, 4))
+    assert (one, some) == (4 * 4_000_256, 5 * 4_000_256)
+    # neither gradient nor value is copied where they are float32
+    assert state_bytes("adafactor", [(LARGE, 1)], 4).temporary == 2 * 4_000_256
+
+
+def test_adagrad_steps_through_two_lists() -> None:
+    lists = [state_bytes(name, [(MEDIUM, 3)], 2).temporary for name in ("adamw_torch", "adagrad")]
+    assert lists == [3 * 100_352, 2 * 3 * 100_352]
+
+
+def test_every_name_is_one_of_transformers() -> None:
+    from_transformers = pytest.importorskip("transformers.training_args").OptimizerNames
+    known = {item.value for item in from_transformers}
+    assert {OPTIMIZERS[name].runs_as or name for name in OPTIMIZERS} <= known
+
+
+def test_states_get_what_the_allocator_does_not_split_off() -> None:
+    def unasked(width: int) -> int:
+        return 1000 * width
+
+    plain, more = (state_bytes("adamw_torch", [(MEDIUM, 1)], 2, (), f) for f in (lambda _: 0, unasked))
+    assert (more.device - plain.device, more.temporary - plain.temporary) == (2 * 2000, 2000)
+    assert state_bytes("adamw_8bit", [], 2, (), unasked).device == 2 * 1000
+    assert state_bytes("paged_adamw_8bit", [], 2, (), unasked).device == 0
+    assert state_bytes("adafactor", [], 2, (), unasked).device == 0
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)

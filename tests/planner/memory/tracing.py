@@ -7,7 +7,7 @@ statements, weights and library workspaces apart.
 Where the CPU is not a GPU: its dropout keeps a float mask (CUDA: one byte an element), so jobs here have
 none; its autocast leaves LayerNorm in bfloat16 (CUDA: float32), so only models with RMSNorm are compared; it
 leaves sums in bfloat16 too (CUDA: float32), which is made up for here; and memory that a kernel takes for
-itself is not seen.
+itself is not seen, but for softmax's backward.
 """
 
 from __future__ import annotations
@@ -53,6 +53,9 @@ class Storages(TorchDispatchMode):
         for leaf in tree_leaves(out):
             if isinstance(leaf, torch.Tensor) and leaf.device.type == "cpu":
                 self._add(leaf)
+        if func is torch.ops.aten._softmax_backward_data.default:
+            # grad * output, which CUDA's kernel makes first (planner.exact.kernels)
+            self.peak = max(self.peak, self.live + rounded(args[0].numel() * args[0].element_size()))
         return out
 
     def _add(self, tensor: torch.Tensor) -> None:
