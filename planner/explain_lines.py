@@ -50,9 +50,11 @@ def arithmetic(line: MemoryLine, terms: Terms) -> str:
 
 def _weights(line: MemoryLine, terms: Terms) -> str:
     how = terms.how
-    every = weight_bytes(terms.arch, how.quant, how.quant_experts, how.dtype).total(terms.arch.order)
-    if line.bytes == every:
-        return f"{line.formula}: the sum of the groups below"
+    weights = weight_bytes(terms.arch, how.quant, how.quant_experts, how.dtype)
+    every = weights.counted(terms.arch.order)
+    if line.bytes == weights.total(terms.arch.order):
+        beside = f", and {format_gib(weights.unasked)} their blocks hold besides" if weights.unasked else ""
+        return f"{line.formula}: the sum of the groups below{beside}"
     return f"{line.formula}: {format_gib(line.bytes)} of the {format_gib(every)} of all groups below"
 
 

@@ -41,6 +41,8 @@ def unasked_bytes(arch: Architecture, quant: str, width: int) -> int:
     for item in first:
         segments.request(item.elements * item.width)
     every = sum(sum(x.quantized for x in layers[kind]) for kind in arch.order)
+    if not every:
+        return 0
     return _followed(segments, (x for kind in arch.order for x in layers[kind]), quant, every)
 
 

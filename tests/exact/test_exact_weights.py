@@ -42,7 +42,7 @@ def counted(config: dict[str, Any], quant: str) -> tuple[int, int]:
         model = build.build_model(build.load_config(config), how)
         build.quantize(model, how, 2048)
     arch = loaded_architecture(config)
-    fast = weight_bytes(arch, quant, "none", how.dtype).total(arch.order)
+    fast = weight_bytes(arch, quant, "none", how.dtype).counted(arch.order)
     return fast, _weight_bytes(model, lambda name: 1)
 
 

@@ -214,7 +214,8 @@ def test_checkpointing_never_needs_more_than_two_hidden_states_more(
 def test_fused_loss_never_needs_more_where_the_head_is_frozen(
     model: str, job: tuple[Workload, Strategy]
 ) -> None:
-    work = replace(job[0], method="lora")
+    # one chunk alone saves nothing, and logits are capped in float32 there
+    work = replace(job[0], method="lora", seq_len=max(1024, job[0].seq_len))
     fused, full = (on_card(model, work, replace(job[1], loss=loss)) for loss in ("fused", "full"))
     # the hidden states are cut out of a copy, which a single chunk cannot make up for
     copies = 3 * 4 * work.seq_len * work.batch_size * architecture_of(load_model(model)).hidden_size

@@ -43,9 +43,9 @@ def test_groups_add_up_to_the_loaded_bytes_of_every_model(quant):
     for model in all_models():
         arch = architecture_of(model)
         groups = weight_groups(arch, how)
-        assert sum(g.bytes for g in groups) == weight_bytes(arch, quant, "none", "bf16").total(arch.order), (
-            model.id
-        )
+        assert sum(g.bytes for g in groups) == weight_bytes(arch, quant, "none", "bf16").counted(
+            arch.order
+        ), model.id
         assert sum(g.parameters for g in groups) == parameter_count(arch), model.id
 
 
