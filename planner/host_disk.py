@@ -30,7 +30,10 @@ def host_estimate(
     on_card = bool(gpus)
     streams = on_card and how.engine == "stream"
     in_ram = _in_ram(arch, weights, placement) if on_card and not streams else 0
-    saved = weights.total(arch.order) if work.task == "train" and work.method == "full" else 0
+    saved = 0
+    if work.task == "train":  # the weights of a checkpoint are copied to RAM, its optimizer state is not
+        adapters = adapter_parameters(arch, work) * WIDTH[work.adapter_dtype]
+        saved = weights.total(arch.order) if work.method == "full" else adapters
     return host_memory(
         on_card=on_card,
         in_ram_bytes=in_ram,

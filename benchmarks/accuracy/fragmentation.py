@@ -253,7 +253,7 @@ class Run:
             state, _ = _one(kind, size, self._width, size in self._embeddings)
             for _ in range(kind.states if state else 0):
                 self._script.allocate(max(512, state // kind.states))
-        if kind.foreach and kind.states:
+        for _ in range(kind.lists):
             self._script.free([self._script.allocate(rounded(size * self._width)) for size in self._sizes])
 
 

@@ -58,7 +58,8 @@ def options_of(cell: Cell) -> RunOptions:
 
 
 def inputs_of(cell: Cell) -> Inputs:
-    """Made-up texts: half of a batch's worth as long as the job allows, the others down to a quarter."""
+    """Made-up texts: half of a batch's worth as long as the job allows, or one to be packed with others; the
+    rest down to a quarter."""
     if cell.data == "random":
         return Inputs()
     work, rng = cell.workload, random.Random(cell.id)
@@ -67,7 +68,7 @@ def inputs_of(cell: Cell) -> Inputs:
         return Inputs(prompts=tuple(_text(rng, n) for n in lengths))
     rows = STEPS * work.batch_size
     if cell.data == "packed":
-        lengths = _shorter(rng, work.seq_len, 4 * rows)
+        lengths = [work.seq_len, *_shorter(rng, work.seq_len, 4 * rows - 1)]
     else:
         lengths = [work.seq_len] * (rows - rows // 2) + _shorter(rng, work.seq_len, rows // 2)
     return Inputs(rows=tuple(Row(line=i, text=_text(rng, n)) for i, n in enumerate(lengths, 1)))

@@ -19,7 +19,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.accuracy.cells import GRID, PREDICTIONS, RESULTS, read_cells, read_lines
+from benchmarks.accuracy.cells import GRID, PREDICTIONS, RESULTS, Cell, read_cells, read_lines
 from benchmarks.accuracy.predict import prediction
 from benchmarks.accuracy.score import NEAR, Outcome, score, targets
 
@@ -30,13 +30,20 @@ def outcomes(
     predictions: Mapping[str, Mapping[str, Any]] | None = None,
     allocator: str = "stock",
 ) -> list[Outcome]:
-    """Every cell of which something was measured, with today's prediction or that of `predictions`."""
+    """Every cell of which something was measured, with today's prediction or that of `predictions`.
+
+    How many layers of an offloaded model stay on the card follows from the estimate; today's could be of
+    another run, so such cells keep the prediction they were measured with.
+    """
     cells = {cell.id: cell for cell in read_cells(grid)}
     rows = {row["id"]: row for row in read_lines(results) if "figures" in row and row["id"] in cells}
-    return [
-        Outcome(cells[key], predictions[key] if predictions else prediction(cells[key]), row, allocator)
-        for key, row in rows.items()
-    ]
+    before = predictions or committed()
+
+    def said(cell: Cell) -> Mapping[str, Any]:
+        moves = cell.strategy.placement != "full_gpu" and cell.id in before
+        return before[cell.id] if predictions or moves else prediction(cell)
+
+    return [Outcome(cells[key], said(cells[key]), row, allocator) for key, row in rows.items()]
 
 
 def failed(results: Path = RESULTS) -> list[dict[str, Any]]:

@@ -44,7 +44,8 @@ def test_json_explains_the_figures_of_estimate(job, capsys):
     assert [(line["name"], line["bytes"]) for line in card["lines"]] == [
         (line["name"], line["bytes"]) for line in gpu["components"]
     ]
-    assert sum(group["bytes"] for group in shown["weights"]) == gpu["load_bytes"]
+    held = gpu["load_bytes"] - sum(group["bytes"] for group in shown["weights"])
+    assert 0 <= held < 0.01 * gpu["load_bytes"], "what the allocator holds besides the tensors"
     for end in ("low", "high"):
         assert sum(step[end] for step in card["steps"]) == gpu[f"{end}_bytes"]
 

@@ -100,7 +100,7 @@ def test_one_mask_for_each_kind_of_layer() -> None:
 def test_rotary_embedding_keeps_nothing_and_needs_three_copies() -> None:
     tape = Tape()
     q, k = tape.new(U, needs_grad=True), tape.new(U // 2, needs_grad=True)
-    q, k = rope(tape, PASS, q, k)
+    q, k = rope(tape, PASS, q, k, 16)
     assert (q.bytes, k.bytes, tape.live) == (U, U // 2, U + U // 2)
     # for q: q, k, q cos, rotated q, its product with sin; then their sum
     assert tape.peak == U + U // 2 + U + U + U + 0
@@ -109,7 +109,7 @@ def test_rotary_embedding_keeps_nothing_and_needs_three_copies() -> None:
 def test_liger_rotates_in_place() -> None:
     tape = Tape()
     q, k = tape.new(U), tape.new(U // 2)
-    assert rope(tape, replace(PASS, liger=True), q, k) == (q, k)
+    assert rope(tape, replace(PASS, liger=True), q, k, 16) == (q, k)
     assert tape.peak == U + U // 2
 
 
