@@ -30,14 +30,14 @@ def test_no_card_no_known_generation() -> None:
 class TestContext:
     def test_where_it_was_measured(self) -> None:
         found = context(load_gpu("h200"), tiny(), INFER, Strategy())
-        assert found.measured and found.typical == 692 * MIB
+        assert found.measured and found.typical == 678 * MIB
         assert found.low == int(found.typical * 0.94) and found.high == int(found.typical * 1.06)
 
     def test_training_int8_and_experts_load_more_kernels(self) -> None:
         card = load_gpu("h200")
         routed = tiny(model_type="qwen3_moe", num_experts=8, num_experts_per_tok=2, moe_intermediate_size=32)
         plain = context(card, tiny(), INFER, Strategy()).typical
-        assert context(card, tiny(), INFER, Strategy(quant="int8")).typical == 756 * MIB > plain
+        assert context(card, tiny(), INFER, Strategy(quant="int8")).typical == 812 * MIB > plain
         assert context(card, tiny(), train(), how()).typical == 758 * MIB
         assert context(card, routed, INFER, Strategy()).typical == 1118 * MIB
 
@@ -78,9 +78,10 @@ def test_slack_is_ordered_and_grows_with_blocks(
     assert [room.typical for room in found] == sorted(room.typical for room in found)
 
 
-def test_slack_never_eats_a_fifth_of_an_inference_peak() -> None:
-    room = slack(card_memory(10**10, "prefill", total=10**9), tiny(), INFER, Strategy())
-    assert room.typical <= 0.12 * 10**9 and room.high <= 0.2 * 10**9
+def test_slack_of_generation_stays_below_half_of_what_it_takes_beside_the_weights() -> None:
+    card = card_memory(10**10, "prefill", total=10**9)
+    room = slack(card, tiny(), INFER, Strategy())
+    assert room.typical <= 0.12 * 10**9 and room.high <= 0.48 * (10**9 - card.load_bytes)
 
 
 def test_states_that_settle_where_logits_were() -> None:
