@@ -223,6 +223,11 @@ def _reused(job: PackJob) -> Any:
     if differs is not None:
         ui.say(f"note: {job.path} is replaced: {differs}")
         return None
+    try:
+        found.check()
+    except (OSError, BadWeights) as error:
+        ui.say(f"note: {error}; packing again")
+        return None
     return Packed(job.path, found.nbytes, found.nbytes, 0.0)
 
 

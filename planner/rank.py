@@ -113,11 +113,12 @@ def share_left(needed: int, budget: int | None) -> float:
     return 1 - needed / budget if budget else -1.0
 
 
-def usable(scored: Scored, workload: Workload, fastest: float | None) -> int:
-    """0 for usable, 1 for not known, 2 for too slow. `fastest`: of all that fit, in training."""
+def usable(scored: Scored, workload: Workload, fastest: float | None, card: bool = False) -> int:
+    """0 for usable, 1 for not known, 2 for too slow, 3 for the CPU where there is a card: its speed is not
+    known, but that it leaves the card idle is. `fastest`: of all that fit, in training."""
     speed = scored.speed
     if speed is None:
-        return 1
+        return 3 if card and scored.strategy.placement == "cpu" else 1
     least = LEAST_DECODE_TOKENS_PER_S if workload.task == "infer" else LEAST_TRAIN_SHARE * (fastest or 0.0)
     return 0 if speed.typical >= least else 2
 
@@ -143,7 +144,7 @@ def rank_key(field: Field, scored: Scored, fastest: float | None) -> tuple[objec
     }
     return (
         VERDICTS.index(scored.estimate.verdict),
-        usable(scored, field.workload, fastest),
+        usable(scored, field.workload, fastest, bool(field.machine.gpus)),
         *order[field.prefer],
         PLACEMENTS.index(scored.strategy.placement),
         msgspec.json.encode(scored.strategy),

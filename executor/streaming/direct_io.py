@@ -38,10 +38,12 @@ class DirectFile:
         flags = (os.O_RDWR | os.O_CREAT if writable else os.O_RDONLY) | os.O_CLOEXEC
         self._plain = os.open(path, flags, 0o644)
         self._direct: int | None = None
+        self._opened = [self._plain]
         direct = getattr(os, "O_DIRECT", 0)
         if direct:
             try:
                 self._direct = os.open(path, flags | direct)
+                self._opened.append(self._direct)
             except OSError:
                 self._direct = None  # a file system without direct transfers, like some in memory
 
@@ -98,9 +100,8 @@ class DirectFile:
 
     def close(self) -> None:
         """No method may be at work."""
-        for handle in (self._plain, self._direct):
-            if handle is not None:
-                os.close(handle)
+        for handle in self._opened:
+            os.close(handle)
 
     def __enter__(self) -> Self:
         return self

@@ -18,6 +18,7 @@ from executor.errors import CannotHonour
 from executor.streaming.arena import Arena
 from executor.streaming.embeddings import HostRows, read_from_host
 from executor.streaming.head import blocks_of_table, read_in_blocks
+from executor.streaming.loader_hooks import StandIn
 from executor.streaming.loading import replaced
 from executor.streaming.streamer import StreamedLayer, Streamer
 from planner.units import format_bytes
@@ -39,10 +40,11 @@ class Outside:
         from transformers import core_model_loading
 
         def around(stock: Any) -> Any:
-            def set_and_take(model: Any, name: str, *args: Any, **kwargs: Any) -> Any:
-                result = stock(model, name, *args, **kwargs)
+            def set_and_take(model: Any, name: str, value: Any, *args: Any, **kwargs: Any) -> Any:
+                result = stock(model, name, value, *args, **kwargs)
                 path, _, leaf = name.rpartition(".")
-                if path in self.names and leaf == "weight":
+                # what stands in for a slab file's weight is handed to `hold` once it is read
+                if path in self.names and leaf == "weight" and not isinstance(value, StandIn):
                     self._table(path, model.get_submodule(path).weight)
                 return result
 

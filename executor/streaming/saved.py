@@ -68,3 +68,5 @@ class SavedWeights:
         """Take the hooks away."""
         for hook in self._hooks:
             hook.remove()
+        while self._open:  # of a pass that ctrl-C broke off
+            self._open.pop().__exit__()

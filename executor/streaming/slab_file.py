@@ -130,6 +130,15 @@ class SlabFile:
             refuse(path, "is damaged: its index is not what was written")
         return cls(path, msgspec.json.decode(raw, type=Index), whole)
 
+    def check(self) -> None:
+        """Read every block and compare it with its checksums. Errors: `BadWeights`; `OSError`."""
+        with open(self.path, "rb") as file:
+            for entry in self.index.blocks:
+                for begin in range(0, entry.nbytes, CHECKED_BYTES):
+                    file.seek(entry.offset + begin)
+                    block = file.read(min(CHECKED_BYTES, entry.nbytes - begin))
+                    check_bytes(self.path, entry, block, begin)
+
     @cached_property
     def layers(self) -> tuple[SlabLayer, ...]:
         """Every layer of the model, in its order."""
@@ -203,4 +212,6 @@ def _read_header(path: Path, raw: bytes) -> tuple[int, int, int, int]:
 
 def refuse(path: Path, what: str) -> NoReturn:
     """Errors: `BadWeights`, always."""
-    raise BadWeights(f"slab file {path} {what}", "remove it; `executor pack` or --pack makes it again")
+    raise BadWeights(
+        f"slab file {path.resolve()} {what}", "remove it; `executor pack` or --pack makes it again"
+    )

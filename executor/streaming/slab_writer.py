@@ -68,6 +68,12 @@ class SlabWriter:
             fcntl.flock(self._file.handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise DirectoryInUse(f"another process is writing {self.path}", "wait for it") from None
+        try:
+            same = os.path.samestat(os.fstat(self._file.handle), os.stat(self.partial))
+        except FileNotFoundError:
+            same = False
+        if not same:  # between our opening and locking its writer has finished or removed it
+            raise DirectoryInUse(f"another process has just written {self.path}", "run it again")
 
     @property
     def done(self) -> frozenset[str]:

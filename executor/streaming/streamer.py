@@ -68,10 +68,15 @@ class Streamer:
         """By slot: layers that the schedule has put there and that were not sent yet."""
         self._on_disk = {layer.index: layer.slab for layer in layers if isinstance(layer.slab, DiskBlock)}
         self._ring = _open_ring(self._on_disk, arena or Arena(device)) if self._on_disk else None
-        self._link = open_link(device, slots, arena)
         self._present: StreamedLayer | None = None
-        self._hooks = [hook for layer in layers for hook in self._attach(layer)]
-        self._copy(self._schedule.begin())
+        try:
+            self._link = open_link(device, slots, arena)
+            self._hooks = [hook for layer in layers for hook in self._attach(layer)]
+            self._copy(self._schedule.begin())
+        except BaseException:  # its threads read into memory that is given back next
+            if self._ring is not None:
+                self._ring.close()
+            raise
         for layer in layers:  # somewhere real, for whoever asks for shape or device before the first pass
             slot = layer.index % slots
             layer.point_to(slot, self._views[slot][layer.layout])
@@ -98,6 +103,7 @@ class Streamer:
             self._send_what_is_read()
         if self._present is layer:
             return
+        self._present = None  # what fails below leaves nobody there
         self._copy(self._schedule.visit(layer.index, turns=layer.module.training))
         slot = self._schedule.slot_of(layer.index)
         if slot in self._waiting:

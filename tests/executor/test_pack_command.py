@@ -112,6 +112,21 @@ def test_packed_twice_is_packed_once(whole: Path, capsys: pytest.CaptureFixture[
     assert (whole.stat().st_ino, whole.stat().st_mtime_ns) == (before.st_ino, before.st_mtime_ns)
 
 
+def test_a_damaged_file_is_packed_again(
+    whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = Path(shutil.copytree(whole.parent, tmp_path / "model"))
+    shutil.copystat(whole.parent / "model.safetensors", folder / "model.safetensors")
+    with open(folder / FILE, "r+b") as file:
+        file.seek(SlabFile.open(whole).index.blocks[0].offset + 5)
+        file.write(b"\xff\x00\xff")
+    assert main(["pack", str(folder)]) == 0
+    said = capsys.readouterr()
+    assert "is damaged" in said.err and "packing again" in said.err
+    SlabFile.open(folder / FILE).check()
+    assert digest(folder / FILE) == digest(whole)
+
+
 def test_kill_and_resume(
     whole: Path, killed: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

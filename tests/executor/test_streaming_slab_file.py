@@ -87,17 +87,31 @@ def test_random_weights_of_one_seed(tmp_path: Path) -> None:
     assert "is not used: packed from" in other.notes[-1] and not torch.equal(logits(other.model), want)
 
 
-def test_outside_weights_go_where_the_plan_has_them(packed: ModelSource) -> None:
+def test_outside_weights_go_where_the_plan_has_them(
+    packed: ModelSource, monkeypatch: pytest.MonkeyPatch
+) -> None:
     import msgspec
 
+    from executor.streaming.arena import Arena
+
+    taken, take = [], Arena.take
+
+    def noted(arena: Arena, nbytes: int) -> torch.Tensor:
+        taken.append(nbytes)
+        return take(arena, nbytes)
+
+    monkeypatch.setattr(Arena, "take", noted)
     job = request(packed, "nf4", 1)
     want = logits(stream.load(job).model)
+    layers = list(taken)
     places = {**job.candidate.device_map, "": 0, "model.embed_tokens": "cpu", "lm_head": "cpu"}
     candidate = msgspec.structs.replace(job.candidate, device_map=places)
     loaded = stream.load(dataclasses.replace(job, candidate=candidate))
     assert "loaded from slab file" in loaded.notes[-1]
     assert loaded.outside_on_host == ("model.embed_tokens", "lm_head")
     assert torch.equal(logits(loaded.model), want)
+    tables = [weight.numel() * 2 for weight in (loaded.model.get_output_embeddings().weight,) * 2]
+    assert sum(taken) - 2 * sum(layers) <= 1.03 * sum(tables), "each table is in memory once"
     loaded.close()
 
 

@@ -88,6 +88,13 @@ def test_an_unknown_speed_stands_between_usable_and_too_slow():
     assert [usable(each, INFER, None) for each in (quick, unknown, slow)] == [0, 1, 2]
 
 
+@pytest.mark.parametrize("prefer", ["quality", "speed", "headroom"])
+def test_the_cpu_beside_a_card_comes_last(prefer):
+    """Its speed is not known; a slow way on the card is still the better first answer."""
+    cpu, slow = scored(Strategy(placement="cpu"), tokens=None, high_gib=1), scored(NF4, tokens=1)
+    assert order([cpu, slow], prefer) == [NF4, cpu.strategy]
+
+
 def test_speeds_too_near_to_tell_apart_leave_the_defaults_ahead():
     lever = Strategy(optimizer="paged_adamw_8bit")
     near = scored(lever, tokens=101, high_gib=8, workload=TRAIN)
@@ -143,7 +150,7 @@ def test_ranking_is_a_total_order(figures, prefer, seed):
     verdicts = [each.estimate.verdict for each in ranked]
     assert verdicts == sorted(verdicts)
     for verdict in ("fits", "tight"):
-        steps = [usable(each, INFER, None) for each in ranked if each.estimate.verdict == verdict]
+        steps = [usable(each, INFER, None, True) for each in ranked if each.estimate.verdict == verdict]
         assert steps == sorted(steps)
 
 
