@@ -81,20 +81,12 @@ def pack_command(options: PackOptions) -> int:
 
 
 def _pack(options: PackOptions) -> PackReport:
-    from executor.source import find_weights
+    from executor.source import find_weights, plan_model
     from planner.resolve import resolve
-    from planner.types import PlanModel
 
     _refuse_foreign(options.output)
     found = resolve(options.model, offline=options.offline)
-    model = PlanModel(
-        id=found.profile.id,
-        parameters=found.profile.parameters,
-        repo_id=found.repo_id,
-        revision=found.revision,
-        path=found.path,
-        config=found.profile.config,
-    )
+    model = plan_model(found)
     source = find_weights(model, options.offline, options.trust_remote_code)
     quant = _quant(source, options.quant)
     with ui.stage("starting torch"):

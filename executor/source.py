@@ -14,6 +14,7 @@ from executor.containment import refuse_strange_names, refuse_way_out
 from executor.errors import BadWeights
 from executor.quiet import stay_offline
 from executor.weights import check_weights, read_headers, refuse_packed_numbers
+from planner.resolve import ResolvedModel
 from planner.types import PlanModel
 from planner.units import format_bytes
 
@@ -29,6 +30,18 @@ class ModelSource:
     config: dict[str, Any]
     bytes: int = 0
     """Bytes of the weight files."""
+
+
+def plan_model(named: ResolvedModel) -> PlanModel:
+    """A model that was named on the command line, or as a draft, as a plan holds it."""
+    return PlanModel(
+        id=named.profile.id,
+        parameters=named.profile.parameters,
+        repo_id=named.repo_id,
+        revision=named.revision,
+        path=named.path,
+        config=named.profile.config,
+    )
 
 
 def find_weights(model: PlanModel, offline: bool, remote_code: bool = False) -> ModelSource:

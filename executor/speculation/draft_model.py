@@ -15,10 +15,10 @@ from msgspec.structs import replace
 from executor.errors import CannotHonour
 from executor.load import load_model, load_tokenizer
 from executor.options import RunOptions
-from executor.source import ModelSource, find_weights, without_weights
+from executor.source import ModelSource, find_weights, plan_model, without_weights
 from planner.estimate import count
 from planner.resolve import resolve
-from planner.types import PlanModel, Strategy
+from planner.types import Strategy
 from profiles.architecture import loaded_architecture
 
 if TYPE_CHECKING:
@@ -33,15 +33,7 @@ def find_draft(strategy: Strategy, options: RunOptions) -> ModelSource | None:
     if strategy.speculate != "draft":
         return None
     assert strategy.draft is not None
-    named = resolve(strategy.draft, offline=options.offline)
-    model = PlanModel(
-        id=named.profile.id,
-        parameters=named.profile.parameters,
-        repo_id=named.repo_id,
-        revision=named.revision,
-        path=named.path,
-        config=named.profile.config,
-    )
+    model = plan_model(resolve(strategy.draft, offline=options.offline))
     if options.rehearse:
         return without_weights(model)
     return find_weights(model, options.offline, options.trust_remote_code)
