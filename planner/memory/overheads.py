@@ -128,8 +128,9 @@ def _inference_slack(shot: Snapshot, card: CardMemory, how: Strategy) -> Slack:
     else:
         typical += 0.9 * (card.load_peak_bytes - card.load_bytes)
     typical = min(typical, 0.12 * peak)
-    # keys and values that settle in the holes of a prompt's activations make the next ones need new places: up
-    # to 0.48 of what a run takes beside its weights in all but one cap of the half `fit` (benchmarks/accuracy)
+    # keys and values that settle in the holes of a prompt's activations make the next ones need new places:
+    # up to 0.48 of what a run takes beside its weights, in two of the 57 caps of the half `fit` 0.52 at most
+    # (benchmarks/accuracy/results.jsonl)
     high = max(1.1 * typical, 0.48 * max(0, peak - card.load_bytes), 0.015 * peak + 32 * MIB)
     return Slack(0, int(typical), int(high), f"blocks of {block / MIB:.0f} MiB")
 
