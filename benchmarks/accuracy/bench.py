@@ -114,7 +114,7 @@ class Bench:
             outcome.allocated_peak_bytes, outcome.reserved_peak_bytes = search.low, search.high
         else:
             outcome = self._run(attempt, share_bytes)
-            shutil.rmtree(attempt.output.path, ignore_errors=True)
+        shutil.rmtree(attempt.output.path, ignore_errors=True)  # several whole models fill a disk
         self.tell({"figures": figures(outcome)} if first else {"again": {allocator: figures(outcome)}})
         if search is not None:
             if self.cell.workload.task == "infer":

@@ -1,0 +1,58 @@
+"""Read caps back from what `run.py` printed, where the machine's own results file was lost.
+
+    python -m benchmarks.accuracy.read_back LOG EARLIER >> benchmarks/accuracy/results.jsonl
+
+LOG gives, per cell, the allocated peak against its prediction (to 0.01 %) and the smallest cap over that peak
+(to 0.001). EARLIER are lines of the same cells without such caps: where the peaks agree within 0.05 % the
+earlier figures are kept and the cap is added; a cell that was not measured before gets its peak and its cap
+alone. Lines say that they were read back, from which log, and how far rounding may have moved them.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+from benchmarks.accuracy.caps import GRANULE
+from benchmarks.accuracy.cells import PREDICTIONS, read_lines
+
+LINE = re.compile(
+    r"\[ *\d+ s, \d+ left\] (?P<id>\w{10}) (?P<name>.*?): ok, allocated (?P<error>[+-][\d.]+)%(?P<caps>.*)$"
+)
+TOLERANCE = 0.005
+"""How far apart the search leaves what failed and what worked (`caps.smallest_cap`)."""
+SAME = 5e-4
+"""Allocated peaks of one cell in two runs agree within this (measured: 0.02 %, and 0.005 % of rounding)."""
+
+
+def main() -> int:
+    """Command line."""
+    log, earlier = Path(sys.argv[1]), {row["id"]: row for row in read_lines(Path(sys.argv[2]))}
+    predicted = {row["id"]: row["allocated_peak_bytes"] for row in read_lines(PREDICTIONS) if "id" in row}
+    for line in log.read_text().splitlines():
+        if found := LINE.match(line):
+            row = _row(found, log.name, predicted[found["id"]], earlier.get(found["id"]))
+            print(json.dumps(row, sort_keys=True))
+    return 0
+
+
+def _row(found: re.Match[str], log: str, predicted: int, before: dict[str, Any] | None) -> dict[str, Any]:
+    peak = round(predicted / (1 + float(found["error"]) / 100))
+    if before and abs(before["figures"]["allocated_peak_bytes"] / peak - 1) > SAME:
+        raise ValueError(f"{found['id']}: another allocated peak than before")
+    row = before or {"id": found["id"], "cell": f"{found['id']} {found['name']}", "status": "ok"}
+    figures = row.setdefault("figures", {"allocated_peak_bytes": peak})
+    n = figures["allocated_peak_bytes"]
+    for allocator, over in re.findall(r"(stock|expandable) ([\d.]+) x", found["caps"]):
+        worked = round(float(over) * n)
+        failed = min(worked, max(n, worked - GRANULE - round(TOLERANCE * n)))
+        row.setdefault("caps", {})[allocator] = {"failed_bytes": failed, "worked_bytes": worked}
+    row["read_back"] = {"log": log, "peak_within": 0 if before else 5e-5, "caps_within": 5e-4}
+    return row
+
+
+if __name__ == "__main__":
+    sys.exit(main())
