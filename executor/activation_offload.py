@@ -151,6 +151,10 @@ def _bytes(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.detach().view(-1).view(torch.uint8)
 
 
+def _identity(tensor: torch.Tensor) -> tuple[int, torch.Size]:
+    return tensor.data_ptr(), tensor.shape
+
+
 def _require_room(needed: int) -> None:
     from executor.engines.accelerate import available_ram
 
@@ -170,11 +174,12 @@ class _Offloaded:
 
     def __call__(self, function: Any, *args: Any, **kwargs: Any) -> Any:
         # both flavours of checkpointing keep the layer's arguments while these hooks are on, and nothing else
-        given = args[0] if args and isinstance(args[0], torch.Tensor) else None
+        given = _identity(args[0]) if args and isinstance(args[0], torch.Tensor) else None
 
+        # the hooks live until backward: one that referred to the input itself would keep it on the card
         def pack(tensor: torch.Tensor) -> Any:
-            same = given is not None and tensor.data_ptr() == given.data_ptr() and tensor.shape == given.shape
-            return self._pool.put(self._number, tensor) if same and tensor.numel() else tensor
+            same = given == _identity(tensor) and tensor.numel() > 0
+            return self._pool.put(self._number, tensor) if same else tensor
 
         def unpack(saved: Any) -> torch.Tensor:
             return self._pool.take(saved) if isinstance(saved, _Checkpoint) else saved

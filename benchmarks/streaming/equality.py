@@ -37,6 +37,7 @@ from planner.types import Candidate, Quant, Strategy, Workload  # noqa: E402
 from profiles.catalogue import load_model  # noqa: E402
 from profiles.hardware import load_gpu  # noqa: E402
 
+torch.backends.cuda.enable_cudnn_sdp(False)  # as the executor does; its results change from run to run
 DEVICE = torch.device("cuda", 0)
 QUANTS: tuple[Quant, ...] = ("none", "nf4", "int8")
 MODES = ("none", "reentrant", "non-reentrant")

@@ -14,6 +14,7 @@ pytest.importorskip("torch")
 import torch
 from conftest import digest, make_plan, strategy
 from streaming_models import LAYERS, request, write_model
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from executor import activation_offload
 from executor.activation_offload import CheckpointPool, offloading
@@ -115,6 +116,26 @@ def test_no_more_than_two_are_on_the_device_at_once() -> None:
         assert torch.equal(pool.take(kept[number]), inputs[number])
         assert list(pool._arriving) == ([number - 1] if 0 < number < 5 else [])
     pool.close()
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_what_was_copied_leaves_the_device(tmp_path: Path, reentrant: bool) -> None:
+    """After forward only the last inputs are alive, whichever hooks wait for backward."""
+    model = resident.load(request(write_model(tmp_path, "llama"), "none", None)).model.train()
+    model.config.use_cache = False
+    alive = []
+    for layer in model.model.layers:
+        layer.register_forward_pre_hook(
+            lambda _, inputs: alive.append(StorageWeakRef(inputs[0].untyped_storage()))
+        )
+    ids = torch.zeros(1, 16, dtype=torch.long)
+    with offloading(model, 16, CPU):
+        model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+        model.enable_input_require_grads()
+        loss = model(input_ids=ids, labels=ids).loss
+        there = [not storage.expired() for storage in alive]
+        loss.backward()
+    assert there == [False] * MOVED + [True] * activation_offload.IN_FLIGHT
 
 
 def test_the_pool_is_made_once(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -182,7 +182,7 @@ def test_the_loss_takes_what_the_estimate_says(tokens: int) -> None:
         states = torch.randn(tokens, hidden, device="cuda", dtype=torch.bfloat16, requires_grad=True)
         base = torch.cuda.memory_allocated() - states.nbytes
         torch.cuda.reset_peak_memory_stats()
-        loss = chunks._sum_of_losses(head, head.forward, states, targets, None)
+        loss = chunks._sum_of_losses(head, head.forward, states, targets, None, {})
         forward = torch.cuda.max_memory_allocated() - base
         torch.cuda.reset_peak_memory_stats()
         loss.backward()
