@@ -8,7 +8,6 @@ make_plan() { # NAME MODEL VRAM [OPTIONS]
     shift 3
     planner plan "$model" --machine machine.json --vram "$vram" --no-ledger "$@" -o "$name.plan.json" >/dev/null
 }
-<<<<<<< ours
 whole=141GB
 ram="--placement mixed_offload --engine stream"
 disk="--placement disk_offload --engine stream"
@@ -19,6 +18,7 @@ make_plan qwen14b-bf16-9gib qwen2.5-14b 9GiB $ram --quant none $decode 32
 make_plan qwen14b-bf16-9gib-accelerate qwen2.5-14b 9GiB --placement mixed_offload --engine accelerate \
     --quant none $decode 8
 make_plan llama70b-nf4-24gib llama-3-70b 24GiB $ram --quant nf4 $decode 32
+make_plan llama70b-nf4-24gib-lookup llama-3-70b 24GiB $ram --quant nf4 --speculate lookup $decode 128
 make_plan llama70b-nf4-24gib-4096 llama-3-70b 24GiB $ram --quant nf4 --prompt-tokens 4096 --new-tokens 8
 make_plan llama70b-nf4-24gib-batch64 llama-3-70b 24GiB $ram --quant nf4 --batch-size 64 --prompt-tokens 128 \
     --new-tokens 128
@@ -45,26 +45,3 @@ make_plan qwen32b-qlora-resident qwen2.5-32b $whole $card $qlora $one
 make_plan qwen32b-qlora-8gib qwen2.5-32b 8GiB $ram $qlora $one
 make_plan qwen14b-lora-resident qwen2.5-14b $whole $card $train --method lora --quant none $four
 make_plan qwen14b-lora-6gib qwen2.5-14b 6GiB $ram $train --method lora --quant none $four $away
-=======
-away="--placement mixed_offload"
-decode="--prompt-tokens 512 --new-tokens 32"
-make_plan qwen14b-bf16-9gib qwen2.5-14b 9GiB $away --engine stream --quant none $decode
-make_plan qwen14b-bf16-9gib-accelerate qwen2.5-14b 9GiB $away --engine accelerate --quant none \
-    --prompt-tokens 512 --new-tokens 8
-make_plan llama70b-nf4-24gib llama-3-70b 24GiB $away --engine stream --quant nf4 $decode
-make_plan llama70b-nf4-24gib-lookup llama-3-70b 24GiB $away --engine stream --quant nf4 --speculate lookup \
-    --prompt-tokens 512 --new-tokens 128
-make_plan llama70b-nf4-24gib-4096 llama-3-70b 24GiB $away --engine stream --quant nf4 \
-    --prompt-tokens 4096 --new-tokens 8
-make_plan llama70b-nf4-24gib-batch64 llama-3-70b 24GiB $away --engine stream --quant nf4 --batch-size 64 \
-    --prompt-tokens 128 --new-tokens 128
-make_plan llama70b-nf4-resident-4096 llama-3-70b 141GB --placement full_gpu --quant nf4 \
-    --prompt-tokens 4096 --new-tokens 8
-make_plan llama8b-nf4-4gib llama-3.1-8b 4GiB $away --engine stream --quant nf4 \
-    --prompt-tokens 512 --new-tokens 64
-train="--task train --method qlora --quant nf4 --loss fused --kernels torch --optimizer paged_adamw_8bit"
-make_plan llama70b-qlora-16gib llama-3-70b 16GiB $away --engine stream $train --seq-len 1024 --batch-size 4
-make_plan llama70b-qlora-resident llama-3-70b 141GB --placement full_gpu $train --seq-len 1024 --batch-size 4
-make_plan llama8b-qlora-5gib llama-3.1-8b 5GiB $away --engine stream $train --seq-len 2048
-make_plan llama8b-qlora-resident llama-3.1-8b 141GB --placement full_gpu $train --seq-len 2048
->>>>>>> theirs
