@@ -193,6 +193,13 @@ RULES: tuple[Rule, ...] = (
         (),
     ),
     Rule(
+        "speculation_vocabulary",
+        lambda c: c.drafts_other_words,
+        "the draft model has another vocabulary than the model, so its tokens mean other text",
+        "--draft with a smaller model of the same family, or --speculate lookup",
+        (),
+    ),
+    Rule(
         "full_quantized",
         lambda c: c.train and c.workload.method == "full" and c.strategy.quant != "none",
         "full fine-tuning cannot change quantized weights",
