@@ -6,12 +6,12 @@ FOLDER has soup-cli and what it needs that is not installed, as `pip install --n
 leaves it: soup-cli 'trl<1' 'typer<0.28' 'click<8.5' plotext datasets dill multiprocess pydantic pydantic-core
 annotated-types typing-inspection.
 
-A checkpoint of random weights in the model's real shapes is written once, with a byte-level tokenizer and rows
-longer than the sequence. Both fine-tune it in NF4, r=8 on every linear, batch 1, 8-bit Adam: Soup with its
-streaming as it comes, and with its loss in chunks of tokens; ours by the best plan for the cap. A process
-each, the cap set before it loads anything. Prints a JSON line a run: tokens/s after the first steps, allocated
-and process peak, or why it did not run. Exit code 1 only where ours does not. `--cpu`: a tiny model and no
-caps, to try the program.
+A checkpoint of random weights in the model's real shapes is written once, with a byte-level tokenizer and
+rows longer than the sequence. Both fine-tune it in NF4, r=8 on every linear, batch 1, 8-bit Adam: Soup with
+its streaming as it comes, and with its loss in chunks of tokens; ours by the best plan for the cap. A process
+each, the cap set before it loads anything. Prints a JSON line a run: tokens/s after the first steps,
+allocated and process peak, or why it did not run. Exit code 1 only where ours does not. `--cpu`: a tiny model
+and no caps, to try the program.
 """
 
 from __future__ import annotations

@@ -21,7 +21,7 @@ import hashlib
 import json
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -94,10 +94,20 @@ def main() -> int:
     silence_loaded(debug=False)
     torch.use_deterministic_algorithms(True)  # with warnings only, attention's backward is not
     bench = bench_of(args.model, args.layers, args.cpu, args.steps)
-    unexpected = sum(compare(bench, quant) for quant in equality.QUANTS)
-    unexpected += vocabulary_outside(bench)
-    unexpected += sum(trap(bench, quant, mode) for quant, mode in TRAPS)
+    unexpected = sum(attempt(compare, bench, quant) for quant in equality.QUANTS)
+    unexpected += attempt(vocabulary_outside, bench)
+    unexpected += sum(attempt(trap, bench, quant, mode) for quant, mode in TRAPS)
     return int(unexpected > 0)
+
+
+def attempt(comparison: Callable[..., int], bench: Bench, *what: str) -> int:
+    """A comparison, or 1 and its error printed, so that the others are still made."""
+    try:
+        return comparison(bench, *what)
+    except Exception as error:
+        row = {"case": [comparison.__name__, *what], "error": f"{type(error).__name__}: {error}"}
+        print(json.dumps({**row, "as_expected": False}), flush=True)
+        return 1
 
 
 def bench_of(model: str, layers: int, cpu: bool = False, steps: int = STEPS) -> Bench:
