@@ -15,6 +15,7 @@ from msgspec import Struct
 
 from planner.case import Case as Case
 from planner.memory.shapes import numerics
+from planner.memory.weights import fused_experts
 from planner.rates import has_bf16
 from planner.types import Machine, Strategy, Workload
 from profiles.data import read_table
@@ -111,10 +112,6 @@ def _not_nvidia(case: Case) -> bool:
 
 def _by_bitsandbytes(case: Case) -> bool:
     return (case.arch.pretrained_quantization or "").startswith("bitsandbytes-")
-
-
-def _has_fused_experts(case: Case) -> bool:
-    return any(layer.feed_forward.experts.fused for layer in case.arch.kinds if layer.feed_forward.experts)
 
 
 RULES: tuple[Rule, ...] = (
@@ -359,7 +356,7 @@ RULES: tuple[Rule, ...] = (
     ),
     Rule(
         "no_fused_experts",
-        lambda c: c.strategy.quant_experts == "nf4" and not _has_fused_experts(c),
+        lambda c: c.strategy.quant_experts == "nf4" and not fused_experts(c.arch),
         "the model has no fused experts to quantize",
         "--quant-experts none",
     ),
