@@ -10,7 +10,8 @@ for the slab file), then in processes of their own:
   direct and buffered reads of the checkpoint, dropped from the cache before; direct writes by four threads
   and fsync.
 - a second start, the slab file dropped from the cache: from the first byte asked for to the first token, with
-  libraries and card ready before; bytes of the file per second against the best read of the file itself.
+  libraries and card ready before; bytes of the file per second against the best read of the file itself. The
+  same pass again tells what of it is computing: on a CPU nearly all, so only a card's share says much.
 
 --check compares the logits of that start with those of a load without the file. One JSON line is appended to
 pack.jsonl and printed.
