@@ -86,10 +86,10 @@ class Seconds(Struct, frozen=True):
 
     @property
     def bound(self) -> str:
-        """The largest part."""
+        """The largest part; what adds to memory and compute belongs to the larger of them."""
         parts = {
-            "memory bandwidth": self.memory,
-            "compute": self.compute,
+            "memory bandwidth": self.memory + self.other,
+            "compute": self.compute + self.other,
             "launch": self.launch,
             "link": max(self.link, self.streamed),
             "disk": max(self.disk, self.read),

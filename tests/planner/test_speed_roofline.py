@@ -97,6 +97,8 @@ def test_a_pass_waits_for_the_slowest_and_then_for_transfers():
     assert seconds.bound == "disk"
     assert Seconds(memory=1, compute=2, launch=9).total == 9
     assert Seconds(memory=1, compute=2, launch=9).bound == "launch"
+    # a card that is busy for longer than the link is what a pass waits for
+    assert Seconds(memory=1, compute=2, other=2, streamed=3).bound == "compute"
 
 
 def test_decode_by_hand():
