@@ -97,7 +97,13 @@ class Attempt:
         outcome = self._outcome = Outcome(self.candidate, device)
         self._open_card(device)
         self.meter = MomentMeter(device)
-        gauges = Gauges(self.candidate, self.plan.workload, device, self.options.vram_cap_bytes)
+        gauges = Gauges(
+            self.candidate,
+            self.plan.workload,
+            device,
+            self.options.vram_cap_bytes,
+            self.options.resident_layers,
+        )
         sampler = HostSampler()
         outcome.host_base_bytes = sampler.peak_bytes
         try:

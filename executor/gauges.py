@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from executor.measure import resident_bytes
-from planner.types import Candidate, Workload
+from executor.predicted_lines import is_estimated
+from planner.types import Candidate, Speed, Workload
 from planner.units import format_bytes
 
 if TYPE_CHECKING:
@@ -16,13 +17,20 @@ class Gauges:
     """Reads the allocator's books and /proc; never the card, never a lock that the work holds for long."""
 
     def __init__(
-        self, candidate: Candidate, workload: Workload, device: torch.device, cap_bytes: int | None
+        self,
+        candidate: Candidate,
+        workload: Workload,
+        device: torch.device,
+        cap_bytes: int | None,
+        resident_layers: int | None = None,
     ) -> None:
+        """`resident_layers`: as the command line names them."""
         self._device, self._cap = device, cap_bytes
-        gpus = candidate.estimate.gpus
+        known = is_estimated(candidate, resident_layers)
+        gpus = candidate.estimate.gpus if known else ()
         self._peak = gpus[0].allocated_peak_bytes if gpus else None
-        self._ram = candidate.estimate.host.ram_bytes or None
-        speed = candidate.speed
+        self._ram = (candidate.estimate.host.ram_bytes or None) if known else None
+        speed = candidate.speed if known else Speed()
         rate = speed.train_tokens_per_s if workload.task == "train" else speed.decode_tokens_per_s
         self.tokens_per_s = rate.typical if rate is not None else None
         """Predicted speed of the job."""

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from executor import ui
-from executor.errors import FitwrightError, Interrupted, OutOfMemory
+from executor.errors import CannotHonour, FitwrightError, Interrupted, OutOfMemory
 from executor.inputs import Inputs
 from executor.memory_errors import Shortage, is_out_of_memory
 from executor.options import RunOptions
@@ -70,7 +70,8 @@ def first_that_runs(
     """The outcome of the first candidate that does not run out of memory, and why earlier ones were left:
     those of `left`, and those that were tried.
 
-    Errors: `OutOfMemory` when all have run out, after a table of what each lacked.
+    Errors: `OutOfMemory` when all have run out, after a table of what each lacked; `CannotHonour` when some
+    could not run for another reason.
     """
     from executor.card import Card
 
@@ -178,11 +179,15 @@ def _say_what_stays() -> None:
             ui.say(f"warning: {format_bytes(held)} of the candidate's memory could not be given back")
 
 
-def _all_gone(tried: Sequence[Left], left: Sequence[str]) -> OutOfMemory:
+def _all_gone(tried: Sequence[Left], left: Sequence[str]) -> FitwrightError:
     from executor.table import show_left
 
     show_left([(gone.candidate, gone.shortage, gone.reason) for gone in tried], left)
     reasons = "; ".join((*left, *map(str, tried)))
+    if any(gone.shortage is None for gone in tried):
+        return CannotHonour(
+            f"no candidate can be carried out here: {reasons}", "make the plan again on this machine"
+        )
     return OutOfMemory(
         f"out of memory on every candidate tried: {reasons}",
         "close what else uses the card, or plan with a smaller batch, sequence or precision",

@@ -16,12 +16,22 @@ from planner.types import Candidate, GpuEstimate, MemoryLine, Plan
 from profiles.architecture import loaded_architecture
 
 
+def is_estimated(candidate: Candidate, resident_layers: int | None = None) -> bool:
+    """Whether what runs is what the candidate's estimate is about: not where the command line names another
+    engine or, for engine stream, another number of residents."""
+    planned = candidate.estimate.placement.layers_on_gpu
+    other = candidate.engine == "stream" and resident_layers not in (None, planned)
+    return candidate.engine == candidate.strategy.engine and not other
+
+
 def lines_at(plan: Plan, candidate: Candidate, moment: str) -> dict[str, int]:
     """Predicted bytes by line at `moment` on the first card, or of the host where the run needs no card.
 
     Empty where the plan does not say: lines that would not add up to the plan's own figure are not shown.
     """
     gpus = candidate.estimate.gpus
+    if not is_estimated(candidate):
+        return {}
     if not gpus:
         return _summed(candidate.estimate.host.components)
     if moment == "load":

@@ -18,6 +18,7 @@ from planner.units import GIB, format_bytes
 from planner.verdict import RAM_UNCERTAINTY
 
 IN_OUTPUT = ("offload folder", "checkpoints", "final adapter", "final model")
+IN_CACHE = ("download", "draft download")
 DRIVERS_OWN_BYTES = GIB
 """More than the driver keeps to itself on any card (300 to 900 MiB)."""
 NAMES = ("torch", "transformers", "bitsandbytes", "peft")
@@ -214,7 +215,8 @@ def _disk(candidate: Candidate, now: Now, rehearse: bool) -> Iterator[Problem]:
     if rehearse:
         in_output = {"offload folder": in_output["offload folder"]}
     wanted: dict[int, list[tuple[Place, dict[str, int]]]] = {}
-    for place, needs in ((now.output, in_output), (now.cache, {"download": lines.get("download", 0)})):
+    in_cache = {name: lines.get(name, 0) for name in IN_CACHE}
+    for place, needs in ((now.output, in_output), (now.cache, in_cache)):
         if place is not None and any(needs.values()):
             wanted.setdefault(place.filesystem, []).append((place, needs))
     for shares in wanted.values():

@@ -9,6 +9,7 @@ import msgspec
 
 from executor.attempt import Outcome
 from executor.files import write_atomically
+from executor.predicted_lines import is_estimated
 from planner.types import Candidate, Evaluation, ModelRef, Plan, RunReport, Speed, Workload
 
 
@@ -68,6 +69,12 @@ def make_report(
         environment={**outcome.environment, "load_seconds": round(outcome.load_seconds, 3)},
         notes=tuple(outcome.notes),
     )
+    if not _is_estimated(outcome.candidate, report):
+        planned = f"engine {outcome.candidate.strategy.engine}"
+        if planned == f"engine {report.engine}":
+            planned += f" with {outcome.candidate.estimate.placement.layers_on_gpu} resident layers"
+        note = f"no figure has a prediction: the plan's are for {planned}, and another way was asked for"
+        report = msgspec.structs.replace(report, notes=(*report.notes, note))
     return msgspec.structs.replace(report, error=errors(outcome.candidate, report))
 
 
@@ -99,9 +106,7 @@ def pairs(candidate: Candidate, report: RunReport) -> dict[str, tuple[float | No
     What was predicted for the candidate's own engine and residency is no prediction for others, named on the
     command line.
     """
-    own = candidate.engine == candidate.strategy.engine
-    if candidate.engine == "stream":
-        own &= report.layers_resident == candidate.estimate.placement.layers_on_gpu
+    own = _is_estimated(candidate, report)
     gpus = candidate.estimate.gpus
     gpu = gpus[0] if own and gpus and report.load_bytes is not None else None
     speed = candidate.speed if own else Speed()
@@ -119,6 +124,11 @@ def pairs(candidate: Candidate, report: RunReport) -> dict[str, tuple[float | No
         "prefill_tokens_per_s": (_typical(speed.prefill_tokens_per_s), report.prefill_tokens_per_s),
         "train_tokens_per_s": (_typical(speed.train_tokens_per_s), report.train_tokens_per_s),
     }
+
+
+def _is_estimated(candidate: Candidate, report: RunReport) -> bool:
+    ran = msgspec.structs.replace(candidate, engine=report.engine)
+    return is_estimated(ran, report.layers_resident)
 
 
 def errors(candidate: Candidate, report: RunReport) -> dict[str, float]:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from executor import ui
+from executor.device import choose_device, require_packages
 from executor.disk_errors import writing_failed
 from executor.engines import find_engine
 from executor.errors import BadOption, CannotHonour, DirectoryInUse, FitwrightError, Interrupted
@@ -97,6 +98,7 @@ def _carry_out(
 
     candidates, left = _from_where_it_was(candidates, output)
     now = look(plan.model, output.path, options.rehearse)
+    _require_card(candidates, now, plan, options)
     candidates, refused, warnings = clear(
         plan, candidates, now, options.vram_cap_bytes, options.rehearse, options.preflight
     )
@@ -141,6 +143,17 @@ def _report(
     output.finish()
     remember(plan, outcome.candidate, report, now, options)
     return report
+
+
+def _require_card(candidates: tuple[Candidate, ...], now: Now, plan: Plan, options: RunOptions) -> None:
+    """Errors: `CannotHonour` where the first candidate is for a card and there is none. Else its memory would
+    be compared with what is not there, and the run would end on a processor that nobody asked for."""
+    first = candidates[0]
+    if now.machine.gpus or first.strategy.placement == "cpu":
+        return
+    require_packages(first, plan.workload, options.report_to)
+    _show_only_card(candidates)
+    choose_device(first)  # torch may see a card that the driver's library does not
 
 
 def _show_only_card(candidates: tuple[Candidate, ...]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from msgspec import Struct
 
+from planner.draft import draft_architecture, other_words
 from planner.rates import capability
 from planner.types import Gpu, Machine, Strategy, Workload
 from profiles.hardware import parse_capability
@@ -32,6 +33,12 @@ class Case(Struct, frozen=True):
     def offloads(self) -> bool:
         """Whether layers live off the card."""
         return self.strategy.placement in ("mixed_offload", "disk_offload")
+
+    @property
+    def drafts_other_words(self) -> bool:
+        """Whether the draft model is known, and its vocabulary surely another one."""
+        draft = draft_architecture(self.strategy.draft) if self.strategy.speculate == "draft" else None
+        return draft is not None and other_words(draft, self.arch)
 
     def weaker_than(self, least: str | None) -> bool:
         """Whether a card's known compute capability is below `least` (`8.0`)."""

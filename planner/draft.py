@@ -21,3 +21,16 @@ def draft_architecture(name: str | None) -> Architecture | None:
         return loaded_architecture(resolve(name, offline=True).profile.config)
     except FitwrightError:
         return None
+
+
+_PADDING_ROWS = 1024
+"""Most that one family's tables of the same words differ: rows are added up to multiples of 64 to 1024."""
+
+
+def other_words(draft: Architecture, model: Architecture) -> bool:
+    """Whether the two surely number words otherwise, so that the one's drafts mean nothing to the other.
+
+    The sizes of their tables are all that a config tells; the words themselves are compared when the
+    tokenizers are loaded (`executor/speculation/draft_model.py`).
+    """
+    return abs(draft.vocab_size - model.vocab_size) > _PADDING_ROWS

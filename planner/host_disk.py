@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from planner.draft import draft_architecture
 from planner.memory.adapters import adapter_parameters
-from planner.memory.host import checkpoint_bytes, disk_space, host_memory
-from planner.memory.moments import CardMemory
+from planner.memory.host import checkpoint_bytes, disk_space, download_bytes, host_memory
+from planner.memory.moments import CardMemory, line
 from planner.memory.offload import assembled_bytes
 from planner.memory.optimizer import StateBytes
 from planner.memory.streamed import parts_of, pinned_lines, split
@@ -14,6 +15,7 @@ from planner.memory.train import optimizer_state
 from planner.memory.weights import WIDTH, WeightBytes, weight_bytes
 from planner.placement import tiers_of, token_embedding
 from planner.types import DiskEstimate, GpuEstimate, HostEstimate, PlacementMap, Strategy, Workload
+from profiles.arithmetic import parameter_count
 from profiles.schema import Architecture
 
 
@@ -95,4 +97,10 @@ def disk_estimate(
         trained = parameters if work.method == "full" else adapter_parameters(arch, work)
     checkpoint = checkpoint_bytes(parameters, trained, work, how, state)
     width = WIDTH[how.dtype] if work.method == "full" else WIDTH[work.adapter_dtype]
-    return disk_space(arch, parameters, work, written, checkpoint, trained * width)
+    space = disk_space(arch, parameters, work, written, checkpoint, trained * width)
+    draft = draft_architecture(how.draft) if how.speculate == "draft" else None
+    if draft is None:
+        return space
+    own = parameter_count(draft)
+    fetched = line("draft download", download_bytes(draft, own), f"{own:,} parameters of {how.draft}")
+    return DiskEstimate(components=(*space.components, fetched))

@@ -12,9 +12,12 @@ Rates and efficiencies come from `planner.rates`, counts from `planner.work`.
 
 from __future__ import annotations
 
+from math import ceil
+
 from msgspec import Struct
 
 from planner.memory.streamed import Traffic
+from planner.memory.train import IN_FLIGHT
 from planner.rates import Level, Rates, efficiency
 from planner.types import PlacementMap, Strategy, Workload
 from planner.work import (
@@ -83,10 +86,10 @@ class Seconds(Struct, frozen=True):
 
     @property
     def bound(self) -> str:
-        """The largest part."""
+        """The largest part; what adds to memory and compute belongs to the larger of them."""
         parts = {
-            "memory bandwidth": self.memory,
-            "compute": self.compute,
+            "memory bandwidth": self.memory + self.other,
+            "compute": self.compute + self.other,
             "launch": self.launch,
             "link": max(self.link, self.streamed),
             "disk": max(self.disk, self.read),
@@ -136,11 +139,15 @@ def decode_seconds(job: Job, rates: Rates, level: Level) -> Seconds | None:
 
 
 def prefill_seconds(job: Job, rates: Rates, level: Level) -> Seconds | None:
-    """The prompts of the whole batch in one pass; logits of the last token only, as `generate` asks."""
+    """The prompts of the whole batch; logits of the last token only, as `generate` asks.
+
+    In parts (`prefill_chunk_tokens`), each brings, reads, unpacks and launches everything once more.
+    """
     if rates.bandwidth is None or rates.compute is None:
         return None
     work, strategy = job.work, job.strategy
     tokens = job.workload.sequences * job.workload.prompt_tokens
+    parts = ceil(job.workload.prompt_tokens / (strategy.prefill_chunk_tokens or job.workload.prompt_tokens))
     fetched, streamed = _fetch(job, rates, 0.0), _streamed_seconds(job, rates, level)
     if fetched is None or streamed is None:
         return None
@@ -149,13 +156,14 @@ def prefill_seconds(job: Job, rates: Rates, level: Level) -> Seconds | None:
     attention = tokens * _pass_attention(job, job.workload.prompt_tokens, level)
     products += attention / _attention_compute(job, rates.compute, level)
     traffic = efficiency("traffic_per_feature", level) * tokens * work.hidden_size * work.layers
-    other = traffic / rates.bandwidth + _dequantize(job, rates, level, 1)
-    host = launches(work, strategy, adapters=False) * efficiency("host_seconds_per_kernel", level)
-    read = read_bytes(work, strategy, tokens) / rates.bandwidth
+    other = traffic / rates.bandwidth + _dequantize(job, rates, level, parts)
+    host = parts * launches(work, strategy, adapters=False) * efficiency("host_seconds_per_kernel", level)
+    read = parts * read_bytes(work, strategy, ceil(tokens / parts)) / rates.bandwidth
     if job.on_cpu:
         other, host = other + host, 0.0
     host += efficiency("token_overhead_seconds", level)
-    return Seconds(read, products, host, *fetched, other, *streamed)
+    link, disk, copies, reads = (parts * seconds for seconds in (*fetched, *streamed))
+    return Seconds(read, products, host, link, disk, other, copies, reads)
 
 
 # --------------------------------------------------------------------------- training
@@ -209,12 +217,13 @@ def train_seconds(job: Job, rates: Rates, level: Level) -> Seconds | None:
 
 
 def _activation_seconds(job: Job, rates: Rates, tokens: int) -> float | None:
-    """Checkpoints that go to host memory and come back."""
+    """Checkpoints that go to host memory and come back: all but those that backward begins with."""
     if not job.strategy.activation_offload or job.on_cpu:
         return 0.0
     if rates.link is None:
         return None
-    saved = tokens * job.work.hidden_size * job.work.layers * element_bytes(job.strategy.dtype)
+    layers = max(0, job.work.layers - IN_FLIGHT)
+    saved = tokens * job.work.hidden_size * layers * element_bytes(job.strategy.dtype)
     return 2.0 * saved / rates.link
 
 

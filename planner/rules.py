@@ -15,6 +15,7 @@ from msgspec import Struct
 
 from planner.case import Case as Case
 from planner.memory.shapes import numerics
+from planner.memory.weights import fused_experts
 from planner.rates import has_bf16
 from planner.types import Machine, Strategy, Workload
 from profiles.data import read_table
@@ -113,10 +114,6 @@ def _by_bitsandbytes(case: Case) -> bool:
     return (case.arch.pretrained_quantization or "").startswith("bitsandbytes-")
 
 
-def _has_fused_experts(case: Case) -> bool:
-    return any(layer.feed_forward.experts.fused for layer in case.arch.kinds if layer.feed_forward.experts)
-
-
 RULES: tuple[Rule, ...] = (
     Rule(
         "no_card",
@@ -190,6 +187,13 @@ RULES: tuple[Rule, ...] = (
         lambda c: c.strategy.speculate != "none" and c.workload.sequences > 1,
         "speculation checks the draft of one sequence: each accepts another number of tokens",
         "--batch-size 1 and --concurrency 1, or --speculate none",
+        (),
+    ),
+    Rule(
+        "speculation_vocabulary",
+        lambda c: c.drafts_other_words,
+        "the draft model has another vocabulary than the model, so its tokens mean other text",
+        "--draft with a smaller model of the same family, or --speculate lookup",
         (),
     ),
     Rule(
@@ -352,7 +356,7 @@ RULES: tuple[Rule, ...] = (
     ),
     Rule(
         "no_fused_experts",
-        lambda c: c.strategy.quant_experts == "nf4" and not _has_fused_experts(c),
+        lambda c: c.strategy.quant_experts == "nf4" and not fused_experts(c.arch),
         "the model has no fused experts to quantize",
         "--quant-experts none",
     ),

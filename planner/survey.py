@@ -92,10 +92,10 @@ class Target(Struct, frozen=True, kw_only=True):
 class Streamed(Struct, frozen=True, kw_only=True):
     """A card through which a job streams, and what it takes there."""
 
-    cards: tuple[str, ...]
-    """Ids, smallest first."""
+    card: str
+    """Its id."""
     card_bytes: int
-    """What must be free on the first of them."""
+    """What must be free on it."""
     ram_bytes: int
     strategy: Strategy
     tokens_per_s: float | None
@@ -110,8 +110,9 @@ class Survey(Struct, frozen=True, kw_only=True):
     targets: tuple[Target, ...]
     smallest_cards: dict[str, tuple[str, ...]] = {}
     """Ids of the smallest cards that hold a job entirely, by job."""
-    streamed: dict[str, Streamed] = {}
-    """The smallest cards through which a job streams, by job: of those that no target holds entirely."""
+    streamed: dict[str, tuple[Streamed, ...]] = {}
+    """The smallest cards through which a job streams, smallest first, by job: of those that no target holds
+    entirely."""
 
 
 class Question(Struct, frozen=True):
@@ -300,33 +301,23 @@ def too_large(targets: Iterable[Target]) -> list[str]:
 
 def smallest_streamed(
     question: Question, cards: Iterable[GpuProfile], jobs: Iterable[str], count: int
-) -> dict[str, Streamed]:
+) -> dict[str, tuple[Streamed, ...]]:
     """For each of `jobs` (their ids), the smallest cards through which it streams, given enough RAM."""
     sold = sorted(filter(_worth_buying, cards), key=lambda card: (card.memory_bytes, card.id))
     wanted, found = set(jobs), {}
     for job in (job for job in question.jobs() if job.id in wanted):
         work = job.of(question.workloads)
         pinned = {**_wishes_for(question.wishes, work), "quant": job.quant, "placement": "mixed_offload"}
-        ways = (
-            (card.id, way) for card in sold if (way := _streaming(question, card, work, pinned)) is not None
-        )
-        least = list(islice(ways, count))
+        ways = (way for card in sold if (way := _streaming(question, card, work, pinned)) is not None)
+        least = tuple(islice(ways, count))
         if least:
-            how, shown = least[0][1]
-            speed = shown.speed.train_tokens_per_s or shown.speed.decode_tokens_per_s
-            found[job.id] = Streamed(
-                cards=tuple(name for name, _ in least),
-                card_bytes=shown.gpus[0].process_bytes,
-                ram_bytes=shown.host.ram_bytes,
-                strategy=how,
-                tokens_per_s=speed.typical if speed else None,
-            )
+            found[job.id] = least
     return found
 
 
 def _streaming(
     question: Question, card: GpuProfile, work: Workload, pinned: dict[str, Any]
-) -> tuple[Strategy, Estimate] | None:
+) -> Streamed | None:
     """The first way in which a job surely streams through a card; None where there is none."""
     machine = machine_from_gpus([(card, 1)])
     try:
@@ -336,7 +327,18 @@ def _streaming(
     estimates = (
         (how, estimate(question.model, machine, work, how)) for how in ways if how.engine == "stream"
     )
-    return next(((how, shown) for how, shown in estimates if shown.verdict == "fits"), None)
+    way = next(((how, shown) for how, shown in estimates if shown.verdict == "fits"), None)
+    if way is None:
+        return None
+    how, shown = way
+    speed = shown.speed.train_tokens_per_s or shown.speed.decode_tokens_per_s
+    return Streamed(
+        card=card.id,
+        card_bytes=shown.gpus[0].process_bytes,
+        ram_bytes=shown.host.ram_bytes,
+        strategy=how,
+        tokens_per_s=speed.typical if speed else None,
+    )
 
 
 def _least_bytes(question: Question, work: Workload, pinned: dict[str, Any]) -> int | None:

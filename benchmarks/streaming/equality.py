@@ -193,10 +193,16 @@ def gradients(
 
 
 def _close(loaded: Any) -> None:
-    torch.cuda.synchronize()
+    synchronize(DEVICE)
     loaded.close()
     loaded.model = None
     torch.cuda.empty_cache()
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait for a card; nothing else has to be waited for."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
 
 
 if __name__ == "__main__":

@@ -2,7 +2,8 @@
 
 The loader asks for one tensor after the other, in the natural order of their names. Threads read ahead of it
 in that order, past the page cache, into a few page-locked buffers, so that the disk works while the card
-quantizes. A tensor asked for out of turn (experts are) is read when it is asked for.
+quantizes. A tensor asked for out of turn (experts are) is read when it is asked for, and one that the loader
+has passed by, as it does where the model lacks a key of its checkpoint, is let go.
 """
 
 from __future__ import annotations
@@ -92,6 +93,7 @@ class CheckpointReader:
         self._turn, self._ending = threading.Lock(), threading.Lock()
         self._copying: list[tuple[Copied, torch.Tensor, Staging]] = []
         self._out_of_turn: set[str] = set()
+        self._misses = 0
         self._stopped = False
 
     def begin(self, unread: dict[str, Any], skip: Collection[str]) -> dict[str, Any]:
@@ -111,18 +113,39 @@ class CheckpointReader:
         """The tensor, on the device. Errors: `BadWeights` where its file ends early, `OSError`."""
         stored = self._stored(name)
         flat = torch.empty(stored.bytes, dtype=torch.uint8, device=self._device)
-        while self._ahead and self._ahead[0][0] in self._out_of_turn:
-            for buffer in self._next():
-                self._staging.give(buffer)
+        self._catch_up(name)
         if self._ahead and self._ahead[0][0] == name:
             for part, buffer in zip(_parts(name, stored), self._next(), strict=True):
                 self._copy(part, buffer, flat, self._staging)
+            self._misses = 0
         else:
             self._out_of_turn.add(name)
             for part in _parts(name, stored):
                 self._release(wait=True)
                 self._copy(part, self._fetch(part, self._own.take()), flat, self._own)
         return flat.view(_DTYPES[stored.dtype]).view(stored.shape)
+
+    def _catch_up(self, name: str) -> None:
+        """Let go of tensors that stand before `name` and are not to come.
+
+        They would keep all buffers for good. Some have been read out of turn. Others belong to a layer or
+        module before that of `name`, and the loader, whose order is not wholly known, has passed them by: of
+        these one is let go, and with every further miss in a row twice as many. One that is asked for after
+        all is read again.
+        """
+        while self._ahead and self._ahead[0][0] in self._out_of_turn:
+            self._let_go()
+        if not self._ahead or self._ahead[0][0] == name:
+            return
+        for _ in range(2**self._misses):
+            if not self._ahead or _group(self._ahead[0][0]) >= _group(name):
+                return
+            self._let_go()
+        self._misses += 1
+
+    def _let_go(self) -> None:
+        for buffer in self._next():
+            self._staging.give(buffer)
 
     def _next(self) -> Iterator[torch.Tensor]:
         """Buffers with the parts of the tensor that is next in order."""
@@ -218,3 +241,10 @@ def _parts(name: str, stored: Stored) -> list[_Part]:
 def _natural(name: str) -> list[tuple[int, int | str]]:
     """Layer 2 before layer 10, as the loader has it."""
     return [(0, int(part)) if part.isdigit() else (1, part) for part in name.split(".")]
+
+
+def _group(name: str) -> list[tuple[int, int | str]]:
+    """What `name` is read with: its layer's name, or all of its own where it is in no layer."""
+    key = _natural(name)
+    numbers = [place for place, (kind, _) in enumerate(key) if kind == 0]
+    return key[: numbers[0] + 1] if numbers else key

@@ -16,16 +16,31 @@ from executor.streaming.arena import Arena
 from planner.memory.stream import GATHER_BYTES
 
 
-class HostRows:
-    """Rows of `table`, V x D in host memory, as they are asked for on `device`."""
+class Gather:
+    """Page-locked memory that rows go through on their way to `device`, none on the CPU: half of it is filled
+    while the other half is copied."""
 
-    def __init__(self, table: torch.Tensor, device: torch.device, arena: Arena) -> None:
+    def __init__(self, device: torch.device, arena: Arena) -> None:
+        self.halves: list[torch.Tensor] = []
+        self.copied: list[torch.cuda.Event] = []
+        if device.type == "cuda":
+            self.halves = [arena.take(GATHER_BYTES // 2) for _ in range(2)]
+            self.copied = [torch.cuda.Event() for _ in range(2)]
+
+
+class HostRows:
+    """Rows of `table`, V x D in host memory, as they are asked for on `device`.
+
+    `gather`: what they go through, if it is shared; else it is made from `arena`.
+    """
+
+    def __init__(
+        self, table: torch.Tensor, device: torch.device, arena: Arena, gather: Gather | None = None
+    ) -> None:
         self._table, self._device = table, device
+        self._gather = gather or Gather(device, arena)
         self.passes = 0
         """How often rows were asked for."""
-        if device.type == "cuda":
-            self._halves = [arena.take(GATHER_BYTES // 2) for _ in range(2)]
-            self._copied = [torch.cuda.Event() for _ in range(2)]
 
     def of(self, ids: torch.Tensor) -> torch.Tensor:
         """The rows of `ids`, of any shape: ... x D on the device. Errors: `IndexError` past the table."""
@@ -36,18 +51,18 @@ class HostRows:
         return rows.view(*ids.shape, self._table.shape[1])
 
     def _carried(self, wanted: torch.Tensor) -> torch.Tensor:
-        """Half of the page-locked memory is filled while the other half is copied."""
+        halves, copied = self._gather.halves, self._gather.copied
         dtype, width = self._table.dtype, self._table.shape[1]
         rows = torch.empty((wanted.numel(), width), dtype=dtype, device=self._device)
         row = width * dtype.itemsize
-        step = max(1, self._halves[0].numel() // row)
+        step = max(1, halves[0].numel() // row)
         for number, start in enumerate(range(0, wanted.numel(), step)):
             part, half = wanted[start : start + step], number % 2
-            self._copied[half].synchronize()
-            gathered = self._halves[half][: part.numel() * row].view(dtype).view(-1, width)
+            copied[half].synchronize()
+            gathered = halves[half][: part.numel() * row].view(dtype).view(-1, width)
             torch.index_select(self._table, 0, part, out=gathered)
             rows[start : start + step].copy_(gathered, non_blocking=True)
-            self._copied[half].record(torch.cuda.current_stream(self._device))
+            copied[half].record(torch.cuda.current_stream(self._device))
         return rows
 
 

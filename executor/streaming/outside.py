@@ -1,8 +1,9 @@
 """Weights outside the layers that wait in host memory: embeddings, and the output projection.
 
 The plan's device map names their modules with "cpu". Each leaves the device as soon as the loader has set it;
-tied ones are one block of host memory. On the device their parameters keep shape and dtype but hold a single
-NaN, so that whatever would read them past the modules made here shows at once.
+tied ones are one block of host memory, also where the checkpoint has them twice. On the device their
+parameters keep shape and dtype but hold a single NaN, so that whatever would read them past the modules made
+here shows at once.
 """
 
 from __future__ import annotations
@@ -16,12 +17,14 @@ from torch import nn
 
 from executor.errors import CannotHonour
 from executor.streaming.arena import Arena
-from executor.streaming.embeddings import HostRows, read_from_host
+from executor.streaming.embeddings import Gather, HostRows, read_from_host
 from executor.streaming.head import blocks_of_table, read_in_blocks
 from executor.streaming.loader_hooks import StandIn
 from executor.streaming.loading import replaced
 from executor.streaming.streamer import StreamedLayer, Streamer
-from planner.units import format_bytes
+from planner.units import MIB, format_bytes
+
+_COMPARED = 64 * MIB
 
 
 class Outside:
@@ -31,6 +34,7 @@ class Outside:
         self.names = tuple(names)
         self._arena = arena
         self._tables: dict[int, torch.Tensor] = {}
+        self._by_name: dict[str, torch.Tensor] = {}
         self._kept: list[nn.Parameter] = []
         """Whose identities are the keys of the tables."""
 
@@ -45,13 +49,28 @@ class Outside:
                 path, _, leaf = name.rpartition(".")
                 # what stands in for a slab file's weight is handed to `hold` once it is read
                 if path in self.names and leaf == "weight" and not isinstance(value, StandIn):
-                    self._table(path, model.get_submodule(path).weight)
+                    self._take(model, path)
                 return result
 
             return set_and_take
 
         with replaced(core_model_loading, "set_param_for_module", around):
             yield
+
+    def _take(self, model: Any, path: str) -> None:
+        """Take the weight of the module at `path`, unless it is what one that it is tied to has been already.
+
+        By now the loader has not tied them, and it will not: it would compare what `hold` leaves of them.
+        """
+        weight, name = model.get_submodule(path).weight, f"{path}.weight"
+        for twin in _tied_to(model, name):
+            table = self._by_name.get(twin)
+            if table is not None and _equal(table, weight.data):
+                values = weight.data
+                self.hold(weight, table)
+                _free(values)
+                return
+        self._by_name[name] = self._table(path, weight)
 
     def _table(self, name: str, weight: nn.Parameter) -> torch.Tensor:
         """The weight's place in host memory, V x D, to which it goes now if it has not yet."""
@@ -81,13 +100,15 @@ class Outside:
         one is to stay.
         """
         blocks: list[StreamedLayer] = []
+        gather: Gather | None = None
         for name in self.names:
             module = _find(model, name)
             table = self._table(name, module.weight)
             if module is model.get_output_embeddings():
                 blocks = blocks_of_table(module, table, len(layers))
             else:
-                read_from_host(name, module, HostRows(table, device, self._arena))
+                gather = gather or Gather(device, self._arena)
+                read_from_host(name, module, HostRows(table, device, self._arena, gather))
         self._refuse_half_of_a_tie(model)
         return blocks
 
@@ -127,6 +148,22 @@ def _find(model: Any, name: str) -> Any:
         f"engine stream keeps {name} ({type(module).__name__}) on the card, and the plan places it in RAM",
         "beside layers, embeddings and plain output projections can be there",
     )
+
+
+def _tied_to(model: Any, name: str) -> list[str]:
+    """Weights that the model's class ties to the weight `name`."""
+    tied: dict[str, str] = getattr(model, "all_tied_weights_keys", None) or {}
+    source = tied.get(name, name)
+    return [other for other in (source, *(k for k, v in tied.items() if v == source)) if other != name]
+
+
+def _equal(table: torch.Tensor, values: torch.Tensor) -> bool:
+    """Are they the same, bit by bit? Piece by piece, for another table has no room."""
+    if table.shape != values.shape or table.dtype != values.dtype:
+        return False
+    ours, theirs = table.view(-1).view(torch.uint8), values.reshape(-1).view(torch.uint8)
+    pieces = zip(ours.split(_COMPARED), theirs.split(_COMPARED), strict=True)
+    return all(torch.equal(a, b.to(a.device)) for a, b in pieces)
 
 
 def _free(values: torch.Tensor) -> None:

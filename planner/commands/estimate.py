@@ -61,7 +61,7 @@ def run(args: Namespace) -> int:
         from planner.render.console import make_console
         from planner.render.estimate import print_estimate
 
-        print_estimate(make_console(), answer, target, job, how)
+        print_estimate(make_console(), answer, target, job, how, found.arch)
     return 0 if answer.verdict in GOOD else 1
 
 

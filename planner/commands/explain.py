@@ -20,5 +20,5 @@ def run(args: Namespace) -> int:
         from planner.render.console import make_console
         from planner.render.explain import print_explanation
 
-        print_explanation(make_console(), shown, found.target, found.job, found.how)
+        print_explanation(make_console(), shown, found.target, found.job, found.how, found.arch)
     return 0 if found.answer.verdict in GOOD else 1

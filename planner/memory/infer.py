@@ -17,7 +17,7 @@ from planner.memory.layer import layer_cost
 from planner.memory.moments import CardMemory, line, snapshot
 from planner.memory.shapes import Pass, habits
 from planner.memory.tape import rounded
-from planner.memory.weights import WIDTH, layer_linears, load_transient_bytes, weight_bytes
+from planner.memory.weights import WIDTH, layer_linears, load_transient_bytes, stored_as, weight_bytes
 from planner.types import MemoryLine, Strategy, Workload
 from profiles.schema import Architecture, Attention
 
@@ -59,7 +59,7 @@ def inference_memory(arch: Architecture, work: Workload, how: Strategy, workspac
         line(
             "weights",
             load,
-            f"{arch.layers} layers + embeddings + head, {how.quant if how.quant != 'none' else how.dtype}",
+            f"{arch.layers} layers + embeddings + head, {stored_as(arch, how)}",
         ),
         line("library workspace", workspace, "cuBLAS", "measured"),
     )

@@ -14,7 +14,7 @@ from planner.memory.moments import line
 from planner.memory.optimizer import StateBytes, state_bytes
 from planner.memory.segments import lasting_unasked
 from planner.memory.tape import booked, rounded
-from planner.memory.weights import layer_linears, weight_bytes
+from planner.memory.weights import layer_linears, stored_as, weight_bytes
 from planner.types import MemoryLine, Strategy, Workload
 from profiles.schema import Architecture, Linear, Parameter, Tower
 
@@ -48,7 +48,7 @@ def lasting(arch: Architecture, work: Workload, how: Strategy, p: Pass, workspac
     adapters, gradient_bytes = 0 if p.full else one, one
     state = optimizer_state(arch, work, how, p)
     trained = sum(size * count for size, count in every)
-    text = "trained in place" if p.full else f"frozen, {how.quant if how.quant != 'none' else how.dtype}"
+    text = "trained in place" if p.full else f"frozen, {stored_as(arch, how)}"
     lines = (
         line("weights", loaded, f"{arch.layers} layers + embeddings + head, {text}"),
         line("upcast weights", wide, "unquantized tensors a second time their size, as float32"),

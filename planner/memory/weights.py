@@ -16,6 +16,7 @@ from msgspec import Struct
 
 from planner.memory.loading import unasked_bytes
 from planner.memory.tape import rounded
+from planner.types import Strategy
 from profiles.precisions import load_precisions, stored_bytes
 from profiles.schema import Architecture, Experts, Layer, Linear, Norm, Parameter, Tower
 
@@ -169,6 +170,17 @@ def weight_bytes(arch: Architecture, quant: str, quant_experts: str, dtype: str)
         largest_fused=max(stacks, default=0) * (2 if packed else 1),
         unasked=0 if quant_experts != "none" else unasked_bytes(arch, quant, width),
     )
+
+
+def fused_experts(arch: Architecture) -> bool:
+    """Whether experts are stacked tensors, which `quant` leaves alone: `quant_experts` is about them."""
+    return any(layer.feed_forward.experts.fused for layer in arch.kinds if layer.feed_forward.experts)
+
+
+def stored_as(arch: Architecture, how: Strategy) -> str:
+    """What the weights are stored as: `bf16`, `nf4`, `nf4, experts bf16`."""
+    linears, stacks = (stored if stored != "none" else how.dtype for stored in (how.quant, how.quant_experts))
+    return f"{linears}, experts {stacks}" if linears != stacks and fused_experts(arch) else linears
 
 
 def load_transient_bytes(w: WeightBytes, quant: str) -> int:

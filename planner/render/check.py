@@ -272,10 +272,8 @@ def _print_streamed(out: Console, survey: Survey) -> None:
         return
     out.print()
     table = new_table("job", "smallest cards it streams through", "card GiB", "RAM", "tok/s", left=2)
-    table.columns[1].no_wrap = False
     for job, found in survey.streamed.items():
-        cards = ", ".join(found.cards)
-        table.add_row(
-            labels[job], cards, gib(found.card_bytes), gib(found.ram_bytes), rate(found.tokens_per_s)
-        )
+        for number, each in enumerate(found):
+            sizes = (gib(each.card_bytes), gib(each.ram_bytes), rate(each.tokens_per_s))
+            table.add_row("" if number else labels[job], each.card, *sizes)
     out.print(table)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from planner.memory.weights import fused_experts
 from planner.render.text import UNKNOWN, gib, parameters, rate, tokens
 from planner.types import Gpu, Machine, MeasuredHere, PlacementMap, Speed, Strategy, Workload
 from profiles.schema import Architecture, Attention, GpuProfile, ModelProfile
@@ -39,9 +40,11 @@ def weights(strategy: Strategy) -> str:
     return QUANTS[strategy.quant] or strategy.dtype
 
 
-def strategy(how: Strategy, work: Workload) -> str:
-    """How it is done, in one line."""
+def strategy(how: Strategy, work: Workload, arch: Architecture | None = None) -> str:
+    """How it is done, in one line. `arch`: of the model, to say what its experts are stored as."""
     parts = [f"{weights(how)} weights"]
+    if how.quant != "none" and arch is not None and fused_experts(arch):
+        parts.append(f"experts {QUANTS[how.quant_experts] or how.dtype}")
     if how.quant != "none":
         parts.append(f"{how.dtype} compute")
     parts.append(PLACEMENTS[how.placement])

@@ -24,15 +24,23 @@ from planner.render.text import (
     verdict,
 )
 from planner.types import Estimate, GpuEstimate, Machine, MemoryLine, Speed, Strategy, Workload
+from profiles.schema import Architecture
 
 
-def print_estimate(out: Console, estimate: Estimate, target: Machine, work: Workload, how: Strategy) -> None:
-    """Draw the whole screen."""
+def print_estimate(
+    out: Console,
+    estimate: Estimate,
+    target: Machine,
+    work: Workload,
+    how: Strategy,
+    arch: Architecture | None = None,
+) -> None:
+    """Draw the whole screen. `arch`: the model's, as far as the head of the page tells of it."""
     out.print(
         Text(f"{one_line(estimate.model.id)} · {parameters(estimate.model.parameters)} parameters", "bold")
     )
     out.print(describe.job(work))
-    out.print(describe.strategy(how, work))
+    out.print(describe.strategy(how, work, arch))
     out.print(f"on {describe.machine(target)}")
     if estimate.defaulted:
         out.print("filled from transformers' defaults: " + ", ".join(estimate.defaulted))

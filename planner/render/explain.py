@@ -16,18 +16,24 @@ from planner.render.console import print_item
 from planner.render.text import STYLES, gib, one_line, parameters, verdict
 from planner.types import Machine, Strategy, Workload
 from planner.units import GIB, format_bytes, format_gib
+from profiles.schema import Architecture
 
 BAR = 30
 """Columns of the largest bar."""
 
 
 def print_explanation(
-    out: Console, shown: Explanation, target: Machine, work: Workload, how: Strategy
+    out: Console,
+    shown: Explanation,
+    target: Machine,
+    work: Workload,
+    how: Strategy,
+    arch: Architecture | None = None,
 ) -> None:
-    """Draw the whole screen."""
+    """Draw the whole screen. `arch`: the model's, as far as the head of the page tells of it."""
     out.print(Text(f"{one_line(shown.model.id)} · {parameters(shown.model.parameters)} parameters", "bold"))
     out.print(describe.job(work))
-    out.print(describe.strategy(how, work))
+    out.print(describe.strategy(how, work, arch))
     out.print(f"on {describe.machine(target)}")
     for card in shown.cards:
         _print_card(out, card)

@@ -36,6 +36,7 @@ if importlib.util.find_spec("torch") is None:
         for part in (
             "examples",
             "faults",
+            "faults_disk",
             "faults_process",
             "infer",
             "infer_graph",
@@ -114,6 +115,19 @@ def executor(*args: Any, timeout: float = 120, **env: str) -> subprocess.Complet
         env=environment(**env),
         check=False,
     )
+
+
+def fails(capsys: Any, *arguments: Any) -> str:
+    """`executor run` must end with exit code 2, one error line, at most one hint, nothing on stdout."""
+    from executor.cli import main
+
+    capsys.readouterr()
+    assert main(["run", *map(str, arguments)]) == 2
+    out, err = capsys.readouterr()
+    lines = [line for line in err.splitlines() if line.startswith(("error: ", "hint: "))]
+    assert out == "" and "Traceback" not in err
+    assert lines[0].startswith("error: ") and len(lines) <= 2 and err.splitlines()[-len(lines) :] == lines
+    return "\n".join(lines)
 
 
 def digest(path: Path) -> str:

@@ -10,6 +10,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ pytest.importorskip("torch")
 
 import torch
 from conftest import digest, environment, make_plan, strategy
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from executor.cli import main
 from executor.errors import BadWeights
@@ -215,6 +216,33 @@ def test_reading_ahead_in_any_order(model: Path, monkeypatch: pytest.MonkeyPatch
         entries = reader.begin(dict.fromkeys(names), skip={names[3]})
         assert all(torch.equal(entries[name][...], want[name]) for name in order)
         reader.close()
+
+
+@pytest.mark.parametrize(
+    "lacks", [["inv_freq"], [f"layers.0.extra.{i}" for i in range(40)], ["layers.1.a", "layers.2.x"]]
+)
+def test_reading_ahead_goes_on_past_what_the_model_lacks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, lacks: list[str]
+) -> None:
+    """Few tensors are left for the loader's own thread to read."""
+    asked = [f"layers.{layer}.{name}" for layer in range(2, 30) for name in ("w", "y", "z")]
+    tensors = {name: torch.full((5000,), number) for number, name in enumerate([*lacks, *asked])}
+    save_file(tensors, tmp_path / "model.safetensors")
+    stock, by_loader = checkpoint_reader.CheckpointReader._fetch, []
+
+    def fetch(self: Any, part: Any, buffer: torch.Tensor) -> torch.Tensor:
+        if threading.current_thread() is threading.main_thread():
+            by_loader.append(part.name)
+        return stock(self, part, buffer)
+
+    monkeypatch.setattr(checkpoint_reader.CheckpointReader, "_fetch", fetch)
+    monkeypatch.setattr(checkpoint_reader, "_BUFFERS", 3)
+    monkeypatch.setattr(checkpoint_reader, "STRETCH_BYTES", 16384)
+    reader = checkpoint_reader.CheckpointReader(tmp_path, torch.device("cpu"))
+    entries = reader.begin(dict.fromkeys(tensors), skip=())
+    assert all(torch.equal(entries[name][...], tensors[name]) for name in asked)
+    reader.close()
+    assert len(set(by_loader)) <= 6
 
 
 def test_checkpoint_cut_while_it_is_read(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,6 +12,7 @@ import pytest
 pytest.importorskip("torch")
 
 import torch
+from safetensors.torch import load_file, save_file
 from streaming_models import LAYERS, logits, request, write_model
 from torch import nn
 
@@ -45,6 +46,33 @@ def test_logits_equal_resident(tmp_path: Path, kind: str) -> None:
         assert table.untyped_storage().nbytes() == 2 and bool(table[0, 0].isnan())
         assert torch.equal(logits(loaded.model), want)
         loaded.close()
+
+
+@pytest.mark.parametrize("alike", [True, False])
+def test_tied_weights_that_are_stored_twice(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, alike: bool
+) -> None:
+    """One block of host memory, and two only if they differ."""
+    source = write_model(tmp_path, "gpt2")
+    file = source.folder / "model.safetensors"
+    weights = load_file(file)
+    weights["lm_head.weight"] = weights["transformer.wte.weight"].clone()
+    weights["lm_head.weight"][7] += 0 if alike else 1
+    save_file(weights, file, {"format": "pt"})
+    want = logits(resident.load(request(source)).model)
+    stock, taken = Arena.take, []
+    monkeypatch.setattr(Arena, "take", lambda self, size: taken.append(size) or stock(self, size))
+    loaded = stream.load(hosted(request(source, resident=LAYERS), "transformer.wte", "lm_head"))
+    assert torch.equal(logits(loaded.model), want)
+    assert taken == [320 * 64 * 2] * (1 if alike else 2)
+    loaded.close()
+
+
+def test_embeddings_share_what_their_rows_go_through(tmp_path: Path) -> None:
+    loaded = stream.load(hosted(request(write_model(tmp_path, "gpt2"), resident=LAYERS), *NAMES["gpt2"]))
+    base = loaded.model.transformer
+    assert base.wte.host_rows._gather is base.wpe.host_rows._gather
+    loaded.close()
 
 
 def test_scaled_embeddings_are_scaled(tmp_path: Path) -> None:

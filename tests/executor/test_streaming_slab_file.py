@@ -19,7 +19,8 @@ from executor.engines import LoadRequest, stream
 from executor.errors import BadWeights
 from executor.source import ModelSource
 from executor.streaming.pack import predicted_bytes
-from executor.streaming.slab_file import HEADER_BYTES, SlabFile
+from executor.streaming.slab_file import HEADER_BYTES, BlockEntry, SlabFile
+from executor.streaming.slab_reader import SlabReader
 
 pytestmark = pytest.mark.executor
 CASES = [
@@ -66,6 +67,19 @@ def test_equals_a_load_without(tmp_path: Path, kind: str, quant: str, changes: d
     size, slab = predicted_bytes(job.source, job.candidate.strategy), SlabFile.open(found(tmp_path))
     beside = 8192 * len(slab.others) + 2**16  # each rounded to pages; header and index
     assert size - 4096 <= slab.nbytes <= size + beside, "what is said before is what comes"
+
+
+def test_the_disk_waits_for_no_large_block_at_first(packed: ModelSource) -> None:
+    """Memory of a vocabulary's size takes long to page-lock; it is, while smaller blocks are read."""
+    assert packed.folder is not None
+    slab, placed = SlabFile.open(found(packed.folder)), []
+
+    def place(block: BlockEntry) -> torch.Tensor:
+        placed.append(block.nbytes)
+        return torch.empty(block.nbytes, dtype=torch.uint8)
+
+    blocks = SlabReader(slab, slab.index.blocks, place, torch.device("cpu")).wait()
+    assert placed == sorted(placed) and len(blocks) == len(slab.index.blocks)
 
 
 def test_nothing_of_the_checkpoint_is_read(packed: ModelSource, monkeypatch: pytest.MonkeyPatch) -> None:

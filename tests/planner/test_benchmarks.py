@@ -6,6 +6,8 @@ The plans beside the results hold the predictions made before measuring; here to
 from __future__ import annotations
 
 import json
+import shutil
+import subprocess
 from pathlib import Path
 from statistics import median
 
@@ -53,3 +55,12 @@ def test_median_of_all_results():
 def test_predictions_were_made_for_these_very_plans():
     for path, row in RESULTS:
         assert read_plan(path).digest == row["plan_digest"]
+
+
+@pytest.mark.skipif(shutil.which("sh") is None, reason="needs a shell")
+def test_script_of_the_streaming_plans_makes_each_of_them():
+    folder = FOLDER / "streaming"
+    script = folder / "make_plans.sh"
+    assert subprocess.run(["sh", "-n", script]).returncode == 0
+    made = [line.split()[1] for line in script.read_text().splitlines() if line.startswith("make_plan ")]
+    assert sorted(made) == sorted(path.name.split(".plan")[0] for path in folder.glob("*.plan.json"))

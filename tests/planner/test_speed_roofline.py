@@ -8,7 +8,8 @@ from hypothesis import strategies as st
 from msgspec.structs import replace
 from plan_fakes import LLAMA_8B, LLAMA_70B, QWEN_7B, QWEN_14B, card, no_card
 
-from planner.passes import Job, Seconds, decode_seconds, train_seconds
+from planner.memory.streamed import Traffic
+from planner.passes import Job, Seconds, decode_seconds, prefill_seconds, train_seconds
 from planner.rates import LEVELS, Rates, card_rates, efficiency, link_bytes_per_s, load_efficiencies
 from planner.speed import predict_speed
 from planner.types import Disk, Host, Machine, PlacementMap, ProbeResult, Strategy, Workload
@@ -30,6 +31,7 @@ QWEN, LLAMA = architecture(QWEN_7B), architecture(LLAMA_8B)
 HERE = PlacementMap()
 H200 = card("h200", cores=16)
 QLORA = Workload(task="train")
+SLOW_LINK = replace(card_rates(H200, "bf16", "typical"), link=1e9)
 
 
 def speed_of(arch, machine, workload, strategy, placement=HERE):
@@ -95,6 +97,8 @@ def test_a_pass_waits_for_the_slowest_and_then_for_transfers():
     assert seconds.bound == "disk"
     assert Seconds(memory=1, compute=2, launch=9).total == 9
     assert Seconds(memory=1, compute=2, launch=9).bound == "launch"
+    # a card that is busy for longer than the link is what a pass waits for
+    assert Seconds(memory=1, compute=2, other=2, streamed=3).bound == "compute"
 
 
 def test_decode_by_hand():
@@ -288,3 +292,26 @@ def test_more_cores_are_faster():
         for cores in (2, 32)
     )
     assert many.typical > 5 * few.typical
+
+
+@pytest.mark.parametrize("how", [Strategy(), Strategy(quant="nf4")], ids=["bf16", "nf4"])
+def test_a_prompt_in_parts_brings_the_weights_with_each(how):
+    work = Workload(prompt_tokens=8192)
+    streamed = replace(how, placement="mixed_offload", engine="stream")
+    job = Job(count_work(LLAMA), work, streamed, HERE, False, 16, traffic=Traffic(link=10**10, disk=10**9))
+    rates = card_rates(H200, "bf16", "typical")
+    whole = prefill_seconds(job, rates, "typical")
+    for part, passes in ((8192, 1), (2048, 4), (3000, 3)):
+        each = replace(job, strategy=replace(streamed, prefill_chunk_tokens=part))
+        seconds = prefill_seconds(each, rates, "typical")
+        assert seconds.streamed == pytest.approx(passes * whole.streamed)
+        assert seconds.read == pytest.approx(passes * whole.read)
+        assert seconds.compute == whole.compute
+        assert seconds.memory == pytest.approx(passes * whole.memory, rel=0.01)
+
+
+def test_last_checkpoints_stay_on_the_card():
+    how = Strategy(quant="nf4", activation_offload=True, engine="resident")
+    work = replace(QLORA, seq_len=4096)
+    seconds = train_seconds(Job(count_work(LLAMA), work, how, HERE, False, 16), SLOW_LINK, "typical")
+    assert seconds.link == pytest.approx(2 * 30 * 4096 * 4096 * 2 / 10**9)

@@ -231,9 +231,11 @@ def test_the_smallest_cards_a_70b_streams_through() -> None:
     works = {"infer": Workload(), "train": Workload(task="train")}
     found = smallest_streamed(Question(model, known("llama-3-70b"), works), all_gpus(), ("nf4", "qlora"), 3)
     for job in ("nf4", "qlora"):
-        cards = [load_gpu(name).memory_bytes for name in found[job].cards]
+        cards = [load_gpu(each.card).memory_bytes for each in found[job]]
         assert cards == sorted(cards) and len(cards) == 3 and cards[0] <= 8 * GIB
-        assert 34 * GIB < found[job].ram_bytes < 45 * GIB and found[job].card_bytes < cards[0]
+        # the figures are each card's own
+        for each, there in zip(found[job], cards, strict=True):
+            assert 34 * GIB < each.ram_bytes < 45 * GIB and 0 < there - each.card_bytes < 2 * GIB
 
 
 def test_reasons_say_where_layers_are_and_from_where_on_copies_are_free() -> None:

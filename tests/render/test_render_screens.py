@@ -29,6 +29,7 @@ from rich.console import Console
 
 from planner.estimate import architecture_of
 from planner.machine import machine_from_gpus
+from planner.memory.weights import stored_as
 from planner.render import describe
 from planner.render.check import print_check
 from planner.render.estimate import print_estimate
@@ -153,3 +154,20 @@ def test_strategy_in_a_line_names_every_departure() -> None:
     line = describe.strategy(how, TRAIN)
     words = "NF4 weights, fp16 compute, card + RAM, accelerate, no checkpointing, fused, liger, eager"
     assert all(word in line for word in words.split(", "))
+
+
+@pytest.mark.parametrize(
+    ("model", "how", "says"),
+    [
+        ("qwen3-30b-a3b", Strategy(quant="nf4"), "NF4 weights, experts bf16, bf16 compute"),
+        ("qwen3-30b-a3b", Strategy(quant="nf4", quant_experts="nf4"), "NF4 weights, experts NF4, bf16"),
+        ("qwen3-30b-a3b", Strategy(), "bf16 weights, all on the card"),
+        ("qwen2.5-7b", Strategy(quant="nf4"), "NF4 weights, bf16 compute"),
+    ],
+)
+def test_what_experts_are_stored_as_is_said(model: str, how: Strategy, says: str) -> None:
+    """Fused ones stay as they are under `--quant nf4`, and are most of the bytes."""
+    profile = load_model(model)
+    arch = architecture_of(profile)
+    assert describe.strategy(how, INFER, arch).startswith(says)
+    assert ("experts bf16" in stored_as(arch, how)) == ("experts bf16" in says)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from planner.estimate import estimate
+from planner.estimate import architecture_of, estimate
 from planner.machine import machine_from_gpus
 from planner.memory.infer import CHECKED_TOKENS
+from planner.rules import Case, broken_rule
 from planner.types import GpuEstimate, Strategy, Workload
 from planner.units import MIB
 from profiles.catalogue import load_model
@@ -33,6 +34,22 @@ def test_a_draft_model_stands_beside_the_model() -> None:
 def test_a_draft_nobody_knows_is_told() -> None:
     found = estimate(MODEL, CARD, Workload(), Strategy(speculate="draft", draft="no-such-model"))
     assert found.verdict == "unknown" and "no-such-model" in found.reasons[0]
+
+
+def test_a_draft_of_another_vocabulary_is_refused() -> None:
+    """Tables of one family differ by padding: 152,064 rows and 151,936."""
+    arch = architecture_of(MODEL)
+    for name, refused in (("qwen2.5-0.5b", False), ("llama-3.2-1b", True)):
+        how = Strategy(speculate="draft", draft=name)
+        rule = broken_rule(Case(arch, CARD, Workload(), how))
+        assert (rule is not None and rule.name == "speculation_vocabulary") == refused
+
+
+def test_a_draft_is_downloaded_too() -> None:
+    how = Strategy(speculate="draft", draft="qwen2.5-0.5b")
+    plain, drafted = (estimate(MODEL, CARD, Workload(), each).disk for each in (Strategy(), how))
+    assert DRAFT.parameters is not None
+    assert drafted.bytes == plain.bytes + 2 * DRAFT.parameters
 
 
 def test_checking_a_draft_holds_its_logits() -> None:
