@@ -65,8 +65,12 @@ class Caches:
             from executor.quantized_cache import quantized_cache
 
             yield {"past_key_values": quantized_cache(self._model.config)}
+        elif kind == "offloaded":
+            from executor.offloaded_cache import OffloadedCache
+
+            yield {"past_key_values": OffloadedCache(self._model.config)}
         else:
-            yield {} if kind == "dynamic" else {"cache_implementation": kind}
+            yield {}
 
     def _open_static(self, mask: torch.Tensor) -> Iterator[dict[str, Any]]:
         if self._static is None or self._static[0] != mask.shape[0]:

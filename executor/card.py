@@ -96,7 +96,8 @@ def _settle_libraries(train: bool) -> None:
     Expandable segments leave no holes between blocks, so that a run needs hardly more than its tensors
     (without them the smallest working cap of the same run lies 1 to 20 % above its allocated peak).
     cuDNN's attention builds a plan for every new length of the cache, about a millisecond a layer and
-    token: decoding Qwen2.5-7B on an H200 runs at 27 tokens/s with it and at 73 without.
+    token: decoding Qwen2.5-7B on an H200 runs at 27 tokens/s with it and at 73 without. Nor are its results
+    the same from run to run (tests/gpu/test_gpu_streaming_equality.py, with and without it).
     """
     import torch
 
