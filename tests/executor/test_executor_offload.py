@@ -203,7 +203,8 @@ def offload_plan(folder: Path, model: Path, where: str, **facts: Any) -> Path:
 
 @pytest.fixture
 def no_card_needed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("executor.attempt.choose_device", lambda _: CPU)
+    for where in ("attempt", "run"):
+        monkeypatch.setattr(f"executor.{where}.choose_device", lambda _: CPU)
 
 
 @pytest.mark.usefixtures("no_card_needed")
@@ -238,8 +239,8 @@ def test_folder_is_gone_after_an_error(tmp_path: Path, tiny: Path, monkeypatch: 
 RUN = """
 import resource, sys
 import torch
-import executor.attempt
-executor.attempt.choose_device = lambda _: torch.device("cpu")
+import executor.attempt, executor.run
+executor.attempt.choose_device = executor.run.choose_device = lambda _: torch.device("cpu")
 from executor.cli import main
 resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
 sys.exit(main(sys.argv[1:]))
