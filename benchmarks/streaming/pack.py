@@ -339,10 +339,15 @@ def _request(folder: Path, quant: Any) -> Any:
 
 
 def _warm(device: Any) -> None:
-    """What belongs to starting a card: its context, the libraries' handles and their first kernels."""
+    """What belongs to starting a card: all that the executor does before it loads a model, and the context's
+    first NF4 kernels."""
     import torch
     from bitsandbytes.functional import dequantize_4bit, quantize_4bit
 
+    from executor.card import Card
+
+    if device.type == "cuda":
+        Card().open(device, torch.bfloat16, train=False)
     x = torch.randn(256, 256, dtype=torch.bfloat16, device=device)
     packed, state = quantize_4bit(x, quant_type="nf4", compress_statistics=True)
     (x @ dequantize_4bit(packed, state)).sum().item()
