@@ -26,6 +26,7 @@ from planner.memory.offload import offloaded_memory, passing_bytes
 from planner.memory.optimizer import OPTIMIZERS
 from planner.memory.overheads import context, cublas_workspace, slack
 from planner.memory.recurrent import is_followed
+from planner.memory.steady import Holes, steady_holes
 from planner.memory.streamed import parts_of, streamed_memory
 from planner.memory.train import training_memory
 from planner.memory.weights import WIDTH, weight_bytes
@@ -100,7 +101,8 @@ def estimate(
     else:
         memory = exact.memory if exact else None
         gpus = tuple(
-            _card(gpu, memory or _memory(arch, work, how, gpu), arch, work, how) for gpu in machine.gpus
+            _card(gpu, memory or _memory(arch, work, how, gpu), arch, work, how, _holes(arch, work, how, gpu))
+            for gpu in machine.gpus
         )
         placement = one_device(0, arch)
     parameters = model.parameters or count(arch)
@@ -196,15 +198,36 @@ UNCERTAIN_ELSEWHERE = 0.15
 """Share of the allocated peak left open on cards of other vendors, where nothing was measured yet."""
 
 
-def _card(gpu: Gpu, memory: CardMemory, arch: Architecture, work: Workload, how: Strategy) -> GpuEstimate:
+def _uncertain(gpu: Gpu, measured: bool, played: bool) -> float:
+    """Share of the allocated peak left open on both sides. Residuals of played runs are of measured caps on
+    the measured card, errors of the peak counted in."""
+    if gpu.profile.vendor != "nvidia":
+        return UNCERTAIN_ELSEWHERE
+    return (0.003 if played else 0.01) if measured else 0.02
+
+
+def _holes(arch: Architecture, work: Workload, how: Strategy, gpu: Gpu) -> Holes | None:
+    """Of the whole job on one card, played on the allocator."""
+    place = replace(how, placement="full_gpu", engine="resident")
+    return steady_holes(arch, work, place, cublas_workspace(gpu.profile))
+
+
+def _card(
+    gpu: Gpu,
+    memory: CardMemory,
+    arch: Architecture,
+    work: Workload,
+    how: Strategy,
+    holes: Holes | None = None,
+) -> GpuEstimate:
     """Allocated, required and process bytes of a card, with their interval."""
-    room = slack(memory, arch, work, how)
+    room = slack(memory, arch, work, how, holes)
     around = context(gpu.profile, arch, work, how)
     peak = memory.peak
     allocated = peak.bytes
     required = max(memory.load_peak_bytes, allocated + room.typical)
     budget_bytes, basis = budget(gpu)
-    uncertain = UNCERTAIN_ELSEWHERE if gpu.profile.vendor != "nvidia" else 0.01 if around.measured else 0.02
+    uncertain = _uncertain(gpu, around.measured, holes is not None)
     low = int(max(memory.load_bytes, allocated * (1 - uncertain) + room.low)) + around.low
     high = int(max(memory.load_peak_bytes, allocated * (1 + uncertain) + room.high)) + around.high
     return GpuEstimate(
@@ -238,7 +261,8 @@ def _offloaded(
 
     def card(split: Split) -> GpuEstimate:
         passing = passing_bytes(arch, split, WIDTH[how.dtype])
-        return _card(gpu, offloaded_memory(memory, split, arch.layers, passing), arch, work, how)
+        holes = None if split.offloaded_bytes else _holes(arch, work, how, gpu)
+        return _card(gpu, offloaded_memory(memory, split, arch.layers, passing), arch, work, how, holes)
 
     room = budget(gpu)[0] or 0
     split = resident_layers(arch, weights, card(Split(arch.layers, 0)).high_bytes - room)

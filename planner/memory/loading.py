@@ -6,12 +6,13 @@ from collections.abc import Iterator
 from functools import lru_cache
 from typing import NamedTuple
 
-from planner.memory.segments import Block, Segments
+from planner.memory.segments import Segments
 from planner.memory.tape import ALIGNMENT
 from profiles.schema import Architecture, Layer, Linear
 
-WATCHED = 96
-"""Quantized matrices that are followed; what the later half of them leaves over goes for the rest."""
+WATCHED = 1024
+"""Quantized matrices that are followed: all but those of the largest models with experts. What the later half
+of them leaves over goes for the rest."""
 
 
 class Loaded(NamedTuple):
@@ -23,14 +24,28 @@ class Loaded(NamedTuple):
     transposed: bool = False
 
 
-@lru_cache(maxsize=1024)
 def unasked_bytes(arch: Architecture, quant: str, width: int) -> int:
     """Bytes booked beside the quantized weights themselves.
 
     Right to 0.2 % of the whole load on 45 models of the accuracy grid, where they are up to 10 % of it.
     """
+    return left_over(arch, quant, width).unasked
+
+
+class LeftOver(NamedTuple):
+    """What loading leaves between the weights."""
+
+    unasked: int
+    """Bytes booked with them."""
+    holes: tuple[int, ...]
+    """Free blocks of more than 1 MiB in segments that stay, where all was followed."""
+
+
+@lru_cache(maxsize=1024)
+def left_over(arch: Architecture, quant: str, width: int) -> LeftOver:
+    """Quantize a model's matrices one by one in the allocator's blocks."""
     if quant == "none":
-        return 0
+        return LeftOver(0, ())
     layers = [_matrices(layer, width) for layer in arch.kinds]
     packed = 0.5 if quant == "nf4" else 1.0
     first = [Loaded(arch.head.parameters, width)] if arch.head else []
@@ -42,11 +57,11 @@ def unasked_bytes(arch: Architecture, quant: str, width: int) -> int:
         segments.request(item.elements * item.width)
     every = sum(sum(x.quantized for x in layers[kind]) for kind in arch.order)
     if not every:
-        return 0
+        return LeftOver(0, ())
     return _followed(segments, (x for kind in arch.order for x in layers[kind]), quant, every)
 
 
-def _followed(segments: Segments, matrices: Iterator[Loaded], quant: str, every: int) -> int:
+def _followed(segments: Segments, matrices: Iterator[Loaded], quant: str, every: int) -> LeftOver:
     seen = halfway = 0
     for item in matrices:
         if not item.quantized:
@@ -61,8 +76,8 @@ def _followed(segments: Segments, matrices: Iterator[Loaded], quant: str, every:
             halfway = segments.unasked
         elif seen == WATCHED:
             more = (segments.unasked - halfway) * (every - seen) // (seen - WATCHED // 2)
-            return segments.unasked + more // ALIGNMENT * ALIGNMENT
-    return segments.unasked
+            return LeftOver(segments.unasked + more // ALIGNMENT * ALIGNMENT, ())
+    return LeftOver(segments.unasked, tuple(segments.holes()))
 
 
 def _pack_4bit(segments: Segments, item: Loaded) -> None:
