@@ -252,6 +252,7 @@ def test_reasons_say_where_layers_are_and_from_where_on_copies_are_free() -> Non
 
 def test_free_copies_begin_where_card_and_link_take_equally_long() -> None:
     name, how = "llama-3-70b", streams(loss="fused", optimizer="paged_adamw_8bit")
+    resident = Strategy(quant="nf4", loss="fused", optimizer=how.optimizer)
     here, arch = machine(16), known(name)
     found = chosen(name, 16, how, Workload(task="train", seq_len=1024))
     tokens = free_copies_tokens(arch, here, Workload(task="train", seq_len=64), how, found.placement)
@@ -262,7 +263,7 @@ def test_free_copies_begin_where_card_and_link_take_equally_long() -> None:
             predict_speed(arch, machine(141), work, each, where).train_tokens_per_s.typical
             for each, where in (
                 (how, found.placement),
-                (Strategy(quant="nf4", loss="fused"), one_device(0, arch)),
+                (resident, one_device(0, arch)),
             )
         ]
         assert (speeds[0] == speeds[1]) == free
