@@ -7,6 +7,7 @@ estimate.
 
 from __future__ import annotations
 
+import math
 from functools import lru_cache
 
 from msgspec import Struct
@@ -229,7 +230,10 @@ def _card(
     budget_bytes, basis = budget(gpu)
     uncertain = _uncertain(gpu, around.measured, holes is not None)
     low = int(max(memory.load_bytes, allocated * (1 - uncertain) + room.low)) + around.low
-    high = int(max(memory.load_peak_bytes, allocated * (1 + uncertain) + room.high)) + around.high
+    above = max(memory.load_peak_bytes, allocated * (1 + uncertain) + room.high) - required
+    more = around.high - around.typical
+    # what the allocator and the context may need beyond the typical is independent of each other
+    high = required + around.typical + int(math.hypot(max(0, above), more) if holes else above + more)
     return GpuEstimate(
         index=gpu.index,
         budget_bytes=budget_bytes,

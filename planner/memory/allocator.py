@@ -1,10 +1,10 @@
 """torch's caching allocator on made-up addresses: what requests over 1 MiB book and reserve.
 
-Rules of c10/cuda/CUDACachingAllocator.cpp (torch 2.11) with its default settings, for one stream: requests are
-rounded up to 512 bytes; below 10 MiB they come from segments of 20 MiB, above from segments of their own size
-in steps of 2 MiB. The smallest free block that is large enough is taken, and what is left is split off where it
-is more than 1 MiB. Blocks up to 1 MiB have segments of their own and are always split: they are exact, and not
-followed here.
+Rules of c10/cuda/CUDACachingAllocator.cpp (torch 2.11) with its default settings, for one stream: requests
+are rounded up to 512 bytes; below 10 MiB they come from segments of 20 MiB, above from segments of their own
+size in steps of 2 MiB. The smallest free block that is large enough is taken, and what is left is split off
+where it is more than 1 MiB. Blocks up to 1 MiB have segments of their own and are always split: they are
+exact, and not followed here.
 """
 
 from __future__ import annotations
@@ -67,6 +67,7 @@ class Allocator:
         if n > UNSPLIT:
             self._size[self._end], self._before[self._end] = n, NOWHERE
             self.reserved += n
+            self.reserved_peak = max(self.reserved_peak, self.reserved)
             self._free.add(self._end)
             insort(self._ready, n << _BITS | self._end)
             self._end += n + 1
@@ -74,6 +75,11 @@ class Allocator:
     def holes(self) -> list[int]:
         """Bytes of free blocks in segments that are in use."""
         return [item >> _BITS for item in self._ready if item & _ADDRESS not in self._whole]
+
+    @property
+    def state(self) -> tuple[int, ...]:
+        """The free blocks: what decides where requests go."""
+        return tuple(self._ready)
 
     def size(self, block: int) -> int:
         """Bytes of a block, what was not asked for counted in."""

@@ -6,13 +6,15 @@ from collections.abc import Iterator
 from functools import lru_cache
 from typing import NamedTuple
 
-from planner.memory.segments import Segments
+from planner.memory.segments import Block, Segments
 from planner.memory.tape import ALIGNMENT
 from profiles.schema import Architecture, Layer, Linear
 
-WATCHED = 1024
-"""Quantized matrices that are followed: all but those of the largest models with experts. What the later half
-of them leaves over goes for the rest."""
+WATCHED = 96
+"""Quantized matrices that are followed for what is handed out unasked; what the later half of them leaves
+over goes for the rest."""
+FOLLOWED = 768
+"""Most quantized matrices that are followed for holes: all but those of the largest models with experts."""
 
 
 class Loaded(NamedTuple):
@@ -24,28 +26,35 @@ class Loaded(NamedTuple):
     transposed: bool = False
 
 
+@lru_cache(maxsize=1024)
 def unasked_bytes(arch: Architecture, quant: str, width: int) -> int:
     """Bytes booked beside the quantized weights themselves.
 
     Right to 0.2 % of the whole load on 45 models of the accuracy grid, where they are up to 10 % of it.
     """
-    return left_over(arch, quant, width).unasked
-
-
-class LeftOver(NamedTuple):
-    """What loading leaves between the weights."""
-
-    unasked: int
-    """Bytes booked with them."""
-    holes: tuple[int, ...]
-    """Free blocks of more than 1 MiB in segments that stay, where all was followed."""
+    if quant == "none":
+        return 0
+    segments, matrices, every = _begun(arch, quant, width)
+    return _followed(segments, matrices, quant, every) if every else 0
 
 
 @lru_cache(maxsize=1024)
-def left_over(arch: Architecture, quant: str, width: int) -> LeftOver:
-    """Quantize a model's matrices one by one in the allocator's blocks."""
+def load_holes(arch: Architecture, quant: str, width: int) -> tuple[int, ...]:
+    """Free blocks of more than 1 MiB that loading leaves in segments with weights; none where too many
+    matrices would have to be followed."""
     if quant == "none":
-        return LeftOver(0, ())
+        return ()
+    segments, matrices, every = _begun(arch, quant, width)
+    if not 0 < every <= FOLLOWED:
+        return ()
+    for item in matrices:
+        _load(segments, item, quant)
+    return tuple(segments.holes())
+
+
+def _begun(arch: Architecture, quant: str, width: int) -> tuple[Segments, Iterator[Loaded], int]:
+    """The block that transformers reserves first, with embeddings and head in it; the layers' matrices that
+    follow, and how many of them are quantized."""
     layers = [_matrices(layer, width) for layer in arch.kinds]
     packed = 0.5 if quant == "nf4" else 1.0
     first = [Loaded(arch.head.parameters, width)] if arch.head else []
@@ -56,28 +65,29 @@ def left_over(arch: Architecture, quant: str, width: int) -> LeftOver:
     for item in first:
         segments.request(item.elements * item.width)
     every = sum(sum(x.quantized for x in layers[kind]) for kind in arch.order)
-    if not every:
-        return LeftOver(0, ())
-    return _followed(segments, (x for kind in arch.order for x in layers[kind]), quant, every)
+    return segments, (x for kind in arch.order for x in layers[kind]), every
 
 
-def _followed(segments: Segments, matrices: Iterator[Loaded], quant: str, every: int) -> LeftOver:
+def _load(segments: Segments, item: Loaded, quant: str) -> None:
+    if not item.quantized:
+        segments.request(item.elements * item.width)
+    elif quant == "nf4":
+        _pack_4bit(segments, item)
+    else:
+        _pack_8bit(segments, item)
+
+
+def _followed(segments: Segments, matrices: Iterator[Loaded], quant: str, every: int) -> int:
     seen = halfway = 0
     for item in matrices:
-        if not item.quantized:
-            segments.request(item.elements * item.width)
-            continue
-        if quant == "nf4":
-            _pack_4bit(segments, item)
-        else:
-            _pack_8bit(segments, item)
-        seen += 1
-        if seen == WATCHED // 2:
+        _load(segments, item, quant)
+        seen += item.quantized
+        if item.quantized and seen == WATCHED // 2:
             halfway = segments.unasked
-        elif seen == WATCHED:
+        elif item.quantized and seen == WATCHED:
             more = (segments.unasked - halfway) * (every - seen) // (seen - WATCHED // 2)
-            return LeftOver(segments.unasked + more // ALIGNMENT * ALIGNMENT, ())
-    return LeftOver(segments.unasked, tuple(segments.holes()))
+            return segments.unasked + more // ALIGNMENT * ALIGNMENT
+    return segments.unasked
 
 
 def _pack_4bit(segments: Segments, item: Loaded) -> None:

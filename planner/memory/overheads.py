@@ -86,22 +86,28 @@ def process_ram(on_card: bool) -> int:
 
 
 class Residual(Struct, frozen=True):
-    """What measured caps need beside the played run, as shares of the allocated peak."""
+    """What measured caps need beside the played run."""
 
     typical: float
+    """Median, as a share of the allocated peak."""
     high: float
-    """The 95th percentile."""
+    """95th percentile, as a share of the allocated peak"""
+    of_holes: float = 0.2
+    """and of the holes: where they are large, chance has a larger part in them."""
+    sure: float = 0.4
+    """5th percentile, as a share of the holes."""
 
 
 _RESIDUALS = {
-    "adapters": Residual(0.006, 0.030),
+    "adapters": Residual(0.006, 0.028),
     "adapters, no checkpointing": Residual(0.004, 0.021),
-    "full": Residual(0.0, 0.020),
-    "generation": Residual(0.006, 0.045),
+    "full": Residual(0.0, 0.022, 0.0, 0.6),
+    "generation": Residual(0.002, 0.024),
+    "generation, eager": Residual(0.01, 0.06, 0.4),
 }
 """Caps of the half `fit` of the accuracy grid (53 generations; 60 training cells, whose workspaces had been
-cleared, against a run played alike) and, for training, the brackets of benchmarks/calibration. Half of what a
-played run lacks are blocks of 1 MiB and less; the rest is chance in where large ones settle."""
+cleared, against a run played alike) and, for training, the brackets of benchmarks/calibration. What a played
+run lacks are blocks of 1 MiB and less, and the chance in where large ones settle."""
 _APART = 0.5
 """Of the difference between the played run's allocated peak and the estimate's, left open above."""
 
@@ -112,8 +118,7 @@ def slack(
     """Fragmentation: what the smallest working cap adds to the allocated peak.
 
     `holes`: of the run as it was played on the allocator; without them, shares of the peak and of its largest
-    block, as for runs whose layers come and go. Nothing below the allocated peak can work, and that is where
-    the interval begins: how much lies in holes changes by leaps from job to job.
+    block, as for runs whose layers come and go.
     """
     if holes is None:
         return _shares(card, arch, work, how)
@@ -123,13 +128,15 @@ def slack(
     loaded = 100 * MIB if how.kernels == "liger" and work.task == "train" else 0
     apart = abs(holes.peak_share - 1)
     typical = holes.bytes + int(share.typical * peak) + loaded
-    high = holes.bytes + int((max(share.high, share.typical) + _APART * apart) * peak) + loaded
-    return Slack(0, typical, high, "what the step leaves free in segments that are in use")
+    high = int((1 + share.of_holes) * holes.bytes + (share.high + _APART * apart) * peak) + loaded
+    return Slack(
+        int(share.sure * holes.bytes), typical, high, "what the step leaves free in segments that are in use"
+    )
 
 
 def _regime(work: Workload, how: Strategy) -> str:
     if work.task == "infer":
-        return "generation"
+        return "generation, eager" if how.attention == "eager" else "generation"
     if work.method == "full":
         return "full"
     return "adapters" if how.gradient_checkpointing else "adapters, no checkpointing"

@@ -1,7 +1,8 @@
 """The passes of a model as requests to the allocator: what a layer or the model's end asks for, in order.
 
 The tape of `planner.memory.tape`, written down. A part is worked out once and played as often as a model has
-such layers (`planner.memory.replay`). Only requests over 1 MiB are kept: smaller ones have segments of their own.
+such layers (`planner.memory.replay`). Only requests over 1 MiB are kept: smaller ones have segments of their
+own.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from msgspec import Struct
 from msgspec.structs import replace
 
 from planner.memory.head import Ending, loss_of
-from planner.memory.layer import _forward
+from planner.memory.layer import run_layer
 from planner.memory.shapes import Pass
 from planner.memory.tape import UNSPLIT, Tape, Tensor, booked, rounded
 from profiles.schema import Layer
@@ -71,16 +72,15 @@ class EventTape(Tape):
             if last:
                 self.events.append((tensor, 0))
 
-    def op(
-        self, inputs: Sequence[Tensor], out_bytes: int, *args: Any, temp: int = 0, **kwargs: Any
-    ) -> Tensor:
+    def op(self, inputs: Sequence[Tensor], out_bytes: int, *args: Any, **kwargs: Any) -> Tensor:
         """As `Tape.op`; a temporary is there until the output is."""
+        temp = kwargs.get("temp", 0)
         if temp <= UNSPLIT or self.stopped:
-            return super().op(inputs, out_bytes, *args, temp=temp, **kwargs)
+            return super().op(inputs, out_bytes, *args, **kwargs)
         name = object()
         self.events.append((name, temp))
         self._inside = True
-        out = super().op(inputs, out_bytes, *args, temp=temp, **kwargs)
+        out = super().op(inputs, out_bytes, *args, **kwargs)
         self._inside = False
         self.events.append((name, 0))
         return out
@@ -173,16 +173,16 @@ def layer_parts(
     n, places = rounded(p.tokens * hidden * p.stream), Places()
     tape = EventTape(recording=not checkpointing)
     x = Tensor(n, needs_grad=not first, width=p.stream)
-    out = _forward(tape, p, x, layer)
+    out = run_layer(tape, p, x, layer)
     copies = tape.autocast_copies
     if not checkpointing:
         tape.leave_autocast()
     forward = places.part(tape.events, x, out, tape.pinned, copies, checkpointing or x.refs > 1)
     if checkpointing:
         counting = Tape()
-        _forward(counting, p, Tensor(n, needs_grad=True, width=p.stream), layer)
+        run_layer(counting, p, Tensor(n, needs_grad=True, width=p.stream), layer)
         tape, x, places = EventTape(stop_after=counting.saving_ops), Tensor(n, True, width=p.stream), Places()
-        out = _forward(tape, p, x, layer)
+        out = run_layer(tape, p, x, layer)
         tape.leave_autocast()
     else:
         tape.events = []

@@ -1,4 +1,4 @@
-"""A fine-tuning run played on torch's allocator: what the smallest working cap needs above the allocated peak.
+"""A fine-tuning run played on torch's allocator: what the smallest cap needs above the allocated peak.
 
 What decides is where lasting blocks settle. The first step makes the optimizer's states and, at the first
 product of backward, a cuBLAS workspace for autograd's thread; both take holes that the first logits left, and
@@ -16,7 +16,7 @@ from planner.memory.allocator import NOWHERE, Allocator
 from planner.memory.head import ending
 from planner.memory.lasting import trained_in_order, trained_tensors
 from planner.memory.layer import embedded
-from planner.memory.loading import left_over
+from planner.memory.loading import load_holes
 from planner.memory.optimizer import OPTIMIZERS, state_tensors, step_temporaries
 from planner.memory.parts import Part, head_parts, layer_parts
 from planner.memory.shapes import Pass
@@ -26,9 +26,9 @@ from planner.types import Strategy, Workload
 from profiles.schema import Architecture
 
 FIRST, LAST, BACK = 2, 1, 2
-"""Layers played whole where adapters are trained: at the beginning and the end of the forward pass, and at the
-beginning of backward; of the others only what outlives their pass. On the caps of the accuracy grid that is as
-right as playing all, which full fine-tuning needs: its gradients and states settle among their activations."""
+"""Layers played whole where adapters are trained: at the beginning and the end of the forward pass, and at
+the beginning of backward; of the others only what outlives their pass. On the caps of the accuracy grid that
+is as right as playing all. Full fine-tuning needs all: gradients and states settle among their activations."""
 
 
 class Played(Struct, frozen=True):
@@ -66,14 +66,16 @@ class TrainingRun:
         _, self._embeddings, self._width = trained_tensors(arch, work, p)
         self._sizes = trained_in_order(arch, work, p)
         self._tied, self._again = arch.head is None, work.gradient_accumulation_steps > 1
-        self._lasting = p.full or any(back.left for _, back in self._layers) or any(map(self._state_bytes, self._sizes))
+        left = any(backward.left for _, backward in self._layers)
+        self._lasting = p.full or left or any(map(self._large_states, self._sizes))
+        """Does the first step leave anything after its workspaces?"""
         count = arch.layers
         self._whole_from = (count, count) if p.full else (FIRST, count - LAST)
         self._back_from = 0 if p.full else count - BACK
         self._spaces = [NOWHERE, NOWHERE]
         self._gradients: list[int] = []
         self.allocator = Allocator()
-        for n in left_over(arch, how.quant, WIDTH[how.dtype]).holes:
+        for n in load_holes(arch, how.quant, WIDTH[how.dtype]):
             self.allocator.hole(n)
         if not p.full:
             for size in self._sizes:
@@ -96,6 +98,14 @@ class TrainingRun:
         lasting = allocator.allocated
         self._step(first=False)
         return Played(allocator.allocated_peak, allocator.reserved_peak, lasting)
+
+    def play_from_the_start(self) -> Played:
+        """Two steps of a job that begins under the tightest cap."""
+        allocator = self.allocator
+        allocator.thrifty = True
+        for first in (True, False):
+            self._step(first)
+        return Played(allocator.allocated_peak, allocator.reserved_peak, 0)
 
     # ---------------------------------------------------------------- one step
 
@@ -127,7 +137,7 @@ class TrainingRun:
             self._embedding_gradients(again)
 
     def _forward(self) -> tuple[list[int], list[list[int]]]:
-        allocator, checkpointing = self.allocator, self._how.gradient_checkpointing
+        allocator = self.allocator
         inputs, passes = [allocator.request(self._input)], []
         if self._spaces[0] == NOWHERE:
             self._spaces[0] = allocator.request(self._workspace)
@@ -151,7 +161,9 @@ class TrainingRun:
         self.allocator.play(part.events, places)
         self._spaces[1] = places[space]
 
-    def _backward(self, inputs, passes, gradient, again, first) -> None:
+    def _backward(
+        self, inputs: list[int], passes: list[list[int]], gradient: int, again: bool, first: bool
+    ) -> None:
         allocator, checkpointing = self.allocator, self._how.gradient_checkpointing
         count = len(self._layers)
         for index in reversed(range(count)):
@@ -163,8 +175,8 @@ class TrainingRun:
                 allocator.play(backward.events, places)
                 gradient = places[backward.result] if backward.result >= 0 else NOWHERE
             else:
-                out = backward.result
-                allocator.play([event for event in backward.brief if event[0] not in (out, backward.given)], places)
+                passing = backward.result, backward.given  # one gradient stands for both
+                allocator.play([event for event in backward.brief if event[0] not in passing], places)
             self._give(passes[index], forward.until)
             allocator.give(inputs[index])
             self._keep([places[place] for place in backward.left], again)
@@ -196,7 +208,7 @@ class TrainingRun:
     def _state_tensors(self, size: int) -> Sequence[int]:
         return state_tensors(OPTIMIZERS[self._how.optimizer], size, self._width, size in self._embeddings)
 
-    def _state_bytes(self, size: int) -> bool:
+    def _large_states(self, size: int) -> bool:
         return any(n > UNSPLIT for n in self._state_tensors(size))
 
     def _enter(self, part: Part, places: list[int], block: int) -> None:
