@@ -67,8 +67,8 @@ class Search:
 def searching_at_the_end(search: Search, meter: Callable[[], MomentMeter]) -> Iterator[None]:
     """Within, a training run ends with the search: every try is one more step of the run that is there.
 
-    Model, adapters, optimizer state and the workspaces of cuBLAS stay where the free steps have put them, as in
-    a run that goes on: a workspace that settled where logits were is part of what the next step finds.
+    Model, adapters, optimizer state and the workspaces of cuBLAS stay where the free steps have put them, as
+    in a run that goes on: a workspace that settled where logits were is part of what the next step finds.
     `meter`: gives the meter of the free run, once it is there.
     """
     from executor import train

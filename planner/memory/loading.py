@@ -13,8 +13,8 @@ from profiles.schema import Architecture, Layer, Linear
 WATCHED = 96
 """Quantized matrices that are followed for what is handed out unasked; what the later half of them leaves
 over goes for the rest."""
-FOLLOWED = 768
-"""Most quantized matrices that are followed for holes: all but those of the largest models with experts."""
+FOLLOWED = 300
+"""Quantized matrices that are followed for holes; those of the others are like theirs."""
 
 
 class Loaded(NamedTuple):
@@ -40,15 +40,17 @@ def unasked_bytes(arch: Architecture, quant: str, width: int) -> int:
 
 @lru_cache(maxsize=1024)
 def load_holes(arch: Architecture, quant: str, width: int) -> tuple[int, ...]:
-    """Free blocks of more than 1 MiB that loading leaves in segments with weights; none where too many
-    matrices would have to be followed."""
+    """Free blocks of more than 1 MiB that loading leaves in segments with weights."""
     if quant == "none":
         return ()
     segments, matrices, every = _begun(arch, quant, width)
-    if not 0 < every <= FOLLOWED:
-        return ()
+    seen = 0
     for item in matrices:
         _load(segments, item, quant)
+        seen += item.quantized
+        if seen == FOLLOWED < every:
+            # the largest is what was reserved at first for the matrices still to come
+            return tuple(segments.holes()[:-1] * round(every / seen))
     return tuple(segments.holes())
 
 

@@ -28,7 +28,9 @@ from profiles.schema import Architecture
 FIRST, LAST, BACK = 2, 1, 2
 """Layers played whole where adapters are trained: at the beginning and the end of the forward pass, and at
 the beginning of backward; of the others only what outlives their pass. On the caps of the accuracy grid that
-is as right as playing all. Full fine-tuning needs all: gradients and states settle among their activations."""
+is as right as playing all."""
+DEEP = 36
+"""The same for full fine-tuning, whose gradients and states settle among its activations."""
 
 
 class Played(Struct, frozen=True):
@@ -70,8 +72,8 @@ class TrainingRun:
         self._lasting = p.full or left or any(map(self._large_states, self._sizes))
         """Does the first step leave anything after its workspaces?"""
         count = arch.layers
-        self._whole_from = (count, count) if p.full else (FIRST, count - LAST)
-        self._back_from = 0 if p.full else count - BACK
+        front, end, back = (DEEP, DEEP, DEEP) if p.full else (FIRST, LAST, BACK)
+        self._whole_from, self._back_from = (front, count - end), count - back
         self._spaces = [NOWHERE, NOWHERE]
         self._gradients: list[int] = []
         self.allocator = Allocator()

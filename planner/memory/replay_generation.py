@@ -23,6 +23,8 @@ from planner.memory.tape import Tensor, rounded
 from planner.types import Workload
 from profiles.schema import Architecture, Layer, Norm
 
+DEEP = 40
+"""Layers played whole before the last one; of those between only what outlives their pass."""
 MOST = 0.52
 """Largest share of what a run takes beside its weights that a measured generation has left in holes (the
 half `fit` of benchmarks/accuracy/results.jsonl)."""
@@ -61,14 +63,15 @@ class _Generation:
         """The last hidden state and each layer's cache."""
         x, seen = embedded, set()
         caches: list[list[int]] = []
-        for kind in self._arch.order:
+        count = self._arch.layers
+        for index, kind in enumerate(self._arch.order):
             part = prompt_part(self._arch.kinds[kind], self._p, self._arch.hidden_size, static)
             state = part, x, self.allocator.state
             if not part.left and state in seen:  # it would go as it went before, and leave nothing
                 caches.append([])
                 continue
             seen.add(state)
-            places = self._through(part, x)
+            places = self._through(part, x, not DEEP <= index < count - 1)
             if x != embedded:
                 self.allocator.give(x)
             x = places[part.result] if part.result >= 0 else NOWHERE
@@ -110,11 +113,11 @@ class _Generation:
             for old in waiting:
                 self.allocator.give(old)
 
-    def _through(self, part: Part, x: int) -> list[int]:
+    def _through(self, part: Part, x: int, whole: bool = True) -> list[int]:
         places = [NOWHERE] * part.places
         if part.given >= 0:
             places[part.given] = x
-        self.allocator.play(part.events, places)
+        self.allocator.play(part.events if whole else part.brief, places)
         return places
 
 

@@ -1,7 +1,8 @@
 """What must hold of every estimate, whatever is asked.
 
-`allocated` is exact arithmetic, so its order is exact. What is required besides is what a run leaves in holes,
-played out on the allocator; where blocks settle otherwise, it may shrink a little: `SLACK` says how much.
+`allocated` is exact arithmetic, so its order is exact. What is required besides is what a run leaves in
+holes, played out on the allocator; where blocks settle otherwise, it may shrink a little: `SLACK` says how
+much.
 """
 
 from __future__ import annotations

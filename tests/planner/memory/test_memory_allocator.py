@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from itertools import count
+from itertools import count, pairwise
 
 import pytest
 from hypothesis import given
@@ -109,7 +109,7 @@ def test_bytes_add_up(sequence: list[tuple[int, int]], thrifty: bool) -> None:
 def test_neighbours_never_overlap(sequence: list[tuple[int, int]]) -> None:
     found, places = played(sequence)
     stretches = sorted((block, block + found.size(block)) for block in places if block != NOWHERE)
-    assert all(before[1] <= after[0] for before, after in zip(stretches, stretches[1:], strict=False))
+    assert all(before[1] <= after[0] for before, after in pairwise(stretches))
 
 
 @pytest.mark.parametrize("n", [0, 1, 512, MIB])
