@@ -25,7 +25,7 @@ from planner.memory.weights import WIDTH
 from planner.types import Strategy, Workload
 from profiles.schema import Architecture
 
-FIRST, LAST, BACK = 2, 1, 2
+FIRST, LAST, BACK = 3, 2, 3
 """Layers played whole where adapters are trained: at the beginning and the end of the forward pass, and at
 the beginning of backward; of the others only what outlives their pass. On the caps of the accuracy grid that
 is as right as playing all."""
