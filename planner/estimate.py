@@ -17,8 +17,8 @@ from planner.attention_kernel import as_it_runs
 from planner.draft import draft_architecture
 from planner.errors import BadOption
 from planner.host_disk import disk_estimate, host_estimate
-from planner.identity import identity_cache
-from planner.machine import budget, free_ram
+from planner.identity import identities_cache, identity_cache
+from planner.machine import budget, free_ram, kind_of
 from planner.memory.draft import with_draft
 from planner.memory.host import host_memory
 from planner.memory.infer import inference_memory
@@ -28,7 +28,7 @@ from planner.memory.optimizer import OPTIMIZERS
 from planner.memory.overheads import context, cublas_workspace, slack
 from planner.memory.recurrent import is_followed
 from planner.memory.steady import Holes, steady_holes
-from planner.memory.streamed import parts_of, streamed_memory
+from planner.memory.streamed import Parts, parts_of, streamed_memory
 from planner.memory.train import training_memory
 from planner.memory.weights import WIDTH, weight_bytes
 from planner.placement import (
@@ -147,6 +147,7 @@ def count(arch: Architecture) -> int:
     return parameter_count(arch)
 
 
+@identity_cache
 def normal(work: Workload) -> Workload:
     """The job without what its task does not use, so that equal jobs share cached work."""
     plain = Workload()
@@ -167,6 +168,7 @@ def normal(work: Workload) -> Workload:
     )
 
 
+@identities_cache
 def normal_strategy(how: Strategy, work: Workload) -> Strategy:
     """The strategy without what the task does not use."""
     plain = Strategy()
@@ -186,7 +188,11 @@ def normal_strategy(how: Strategy, work: Workload) -> Strategy:
 
 
 def _memory(arch: Architecture, work: Workload, how: Strategy, gpu: Gpu | None) -> CardMemory:
-    workspace = cublas_workspace(gpu.profile) if gpu else 0
+    return _memory_beside(arch, work, how, cublas_workspace(gpu.profile) if gpu else 0)
+
+
+@identities_cache
+def _memory_beside(arch: Architecture, work: Workload, how: Strategy, workspace: int) -> CardMemory:
     place = replace(how, placement="full_gpu", engine="resident")
     if work.task == "train":
         return training_memory(arch, work, place, workspace)
@@ -209,8 +215,15 @@ def _uncertain(gpu: Gpu, measured: bool, played: bool) -> float:
 
 def _holes(arch: Architecture, work: Workload, how: Strategy, gpu: Gpu) -> Holes | None:
     """Of the whole job on one card, played on the allocator."""
-    place = replace(how, placement="full_gpu", engine="resident")
-    return steady_holes(arch, work, place, cublas_workspace(gpu.profile))
+    return _holes_beside(arch, work, how, cublas_workspace(gpu.profile))
+
+
+@identities_cache
+def _holes_beside(arch: Architecture, work: Workload, how: Strategy, workspace: int) -> Holes | None:
+    return steady_holes(arch, work, replace(how, placement="full_gpu", engine="resident"), workspace)
+
+
+_slack = identities_cache(slack)
 
 
 def _card(
@@ -222,7 +235,7 @@ def _card(
     holes: Holes | None = None,
 ) -> GpuEstimate:
     """Allocated, required and process bytes of a card, with their interval."""
-    room = slack(memory, arch, work, how, holes)
+    room = _slack(memory, arch, work, how, holes)
     around = context(gpu.profile, arch, work, how)
     peak = memory.peak
     allocated = peak.bytes
@@ -292,11 +305,18 @@ def _streamed(
     gpu = machine.gpus[0]
     memory, parts = _memory(arch, work, how, gpu).lean, parts_of(arch, how)
     room = budget(gpu)[0] or 0
+    alike, known = kind_of(machine).gpus[0], _high_bytes(memory, parts, arch, work, how)
+    kind = (alike.profile.vendor, alike.profile.compute_capability)
 
-    def card(tiers: Tiers) -> GpuEstimate:
+    def card(tiers: Tiers, gpu: Gpu = gpu) -> GpuEstimate:
         return _card(gpu, streamed_memory(memory, parts, tiers), arch, work, how)
 
-    tiers = choose_residents(parts, lambda tiers: card(tiers).high_bytes, room, work, how)
+    def high_bytes(tiers: Tiers) -> int:
+        if (*kind, tiers) not in known:
+            known[*kind, tiers] = card(tiers, alike).high_bytes
+        return known[*kind, tiers]
+
+    tiers = choose_residents(parts, high_bytes, room, work, how)
     free = free_ram(machine)
     most = None
     if free is not None:
@@ -305,6 +325,15 @@ def _streamed(
         ).ram_bytes
         most = int(free / (1 + RAM_UNCERTAINTY)) - beside
     return (card(tiers),), stream_map(arch, spread_over_disk(parts, tiers, how, most))
+
+
+@identities_cache
+def _high_bytes(
+    memory: CardMemory, parts: Parts, arch: Architecture, work: Workload, how: Strategy
+) -> dict[tuple[str, str | None, Tiers], int]:
+    """What a run needs at most, by vendor and compute capability of the card and what stays there: filled as
+    cards are asked for."""
+    return {}
 
 
 def _spread(

@@ -15,6 +15,7 @@ from __future__ import annotations
 from msgspec import Struct
 
 from planner.elementwise import LOSS_BYTES, Count
+from planner.identity import identities_cache, identity_cache
 from planner.memory.streamed import Traffic
 from planner.rates import Level, Rates, efficiency
 from planner.types import PlacementMap, Strategy, Workload
@@ -113,12 +114,10 @@ def decode_seconds(job: Job, rates: Rates, level: Level) -> Seconds | None:
     if rates.bandwidth is None or rates.compute is None:
         return None
     work, strategy, batch = job.work, job.strategy, job.workload.sequences
-    context = job.workload.prompt_tokens + job.workload.new_tokens / 2
-    kept = batch * cache_bytes(work, context, element_bytes(strategy.dtype))
-    flops = batch * (2 * (work.active_linear_weights + work.head_weights) + attention_flops(work, context))
+    kept, flops, weights, kernels = _decode_amounts(job)
     suffix = "" if strategy.quant == "none" else f"_{strategy.quant}"
     streaming = rates.bandwidth * (1.0 if job.on_cpu else efficiency(f"decode_bandwidth{suffix}", level))
-    read = read_bytes(work, strategy, batch) / streaming
+    read = weights / streaming
     moved = _CACHE_PASSES[strategy.cache] * kept / rates.bandwidth
     if strategy.cache == "static":
         # all of it is attended to behind a mask, the part that is still empty too
@@ -130,7 +129,6 @@ def decode_seconds(job: Job, rates: Rates, level: Level) -> Seconds | None:
     if fetched is None or streamed is None:
         return None
     link, disk = fetched
-    kernels = launches(work, strategy) + work.layers * _CACHE_KERNELS.get(strategy.cache, 0)
     # over a static cache the executor records one step in a CUDA graph; LLM.int8 decides things on the host
     recorded = strategy.cache == "static" and not job.on_cpu and strategy.quant != "int8"
     overhead = efficiency("token_overhead_seconds", level)
@@ -146,27 +144,48 @@ def decode_seconds(job: Job, rates: Rates, level: Level) -> Seconds | None:
     return Seconds(read + moved, products, host, link, disk, small, *streamed)
 
 
+@identity_cache
+def _decode_amounts(job: Job) -> tuple[float, float, float, int]:
+    """Bytes of the cache, operations, bytes of the weights, kernels: whatever the card."""
+    work, strategy, batch = job.work, job.strategy, job.workload.sequences
+    context = job.workload.prompt_tokens + job.workload.new_tokens / 2
+    return (
+        batch * cache_bytes(work, context, element_bytes(strategy.dtype)),
+        batch * (2 * (work.active_linear_weights + work.head_weights) + attention_flops(work, context)),
+        read_bytes(work, strategy, batch),
+        launches(work, strategy) + work.layers * _CACHE_KERNELS.get(strategy.cache, 0),
+    )
+
+
 def prefill_seconds(job: Job, rates: Rates, level: Level) -> Seconds | None:
     """The prompts of the whole batch in one pass; logits of the last token only, as `generate` asks."""
     if rates.bandwidth is None or rates.compute is None:
         return None
-    work, strategy = job.work, job.strategy
     tokens = job.workload.sequences * job.workload.prompt_tokens
     fetched, streamed = _fetch(job, rates, 0.0), _streamed_seconds(job, rates, level)
     if fetched is None or streamed is None:
         return None
-    compute = rates.compute * efficiency("prefill_compute", level)
-    products = _product_seconds(job, 2.0 * work.active_linear_weights * tokens, compute, level)
-    attention = tokens * _pass_attention(job, job.workload.prompt_tokens, level)
-    products += attention / _attention_compute(job, rates.compute, level)
+    operations, weights, kernels = _prefill_amounts(job, level)
+    products = operations / rates.compute
     moving = rates.bandwidth * efficiency("elementwise_bandwidth", level)
     other = tokens * job.elementwise.forward_bytes / moving + _dequantize(job, rates, level, 1)
-    host = launches(work, strategy) * efficiency("host_seconds_per_kernel", level)
-    read = read_bytes(work, strategy, tokens) / rates.bandwidth
+    host = kernels * efficiency("host_seconds_per_kernel", level)
+    read = weights / rates.bandwidth
     if job.on_cpu:
         other, host = other + host, 0.0
     begins = efficiency("prefill_overhead_seconds", level)
     return Seconds(read, products, host, *fetched, other, *streamed, alone=begins)
+
+
+@identities_cache
+def _prefill_amounts(job: Job, level: Level) -> tuple[float, float, int]:
+    """Operations over what is reached of the rate, bytes of the weights, kernels: whatever the card."""
+    work, tokens = job.work, job.workload.sequences * job.workload.prompt_tokens
+    reached = efficiency("prefill_compute", level)
+    products = _product_seconds(job, 2.0 * work.active_linear_weights * tokens, reached, level)
+    attention = tokens * _pass_attention(job, job.workload.prompt_tokens, level)
+    operations = products + attention / _attention_compute(job, 1.0, level)
+    return operations, read_bytes(work, job.strategy, tokens), launches(work, job.strategy)
 
 
 # --------------------------------------------------------------------------- training
@@ -185,13 +204,13 @@ def train_seconds(job: Job, rates: Rates, level: Level) -> Seconds | None:
     strategy, steps = job.strategy, job.workload.gradient_accumulation_steps
     again = int(strategy.gradient_checkpointing)
     tokens = job.workload.batch_size * job.workload.seq_len
-    forward, backward = _train_products(job, rates.compute, level, again)
+    forward, backward = (operations / rates.compute for operations in _train_operations(job, level))
     moving = rates.bandwidth * efficiency("elementwise_bandwidth", level)
-    moved_forward, moved_backward = _train_bytes(job, tokens, again)
+    moved_forward, moved_backward, weights = _train_bytes(job)
     unpacking = _dequantize(job, rates, level, 1)
     early = moved_forward / moving + unpacking
     late = moved_backward / moving + unpacking * (1 + again)
-    launching, launching_backward = _train_launches(job, level, again)
+    launching, launching_backward = _train_launches(job, level)
     # bitsandbytes waits for the card after each tensor, so none of its step runs beside backward
     updates = job.updates * efficiency("update_seconds_per_tensor", level)
     step = (efficiency("step_overhead_seconds", level) + updates) / steps
@@ -200,7 +219,7 @@ def train_seconds(job: Job, rates: Rates, level: Level) -> Seconds | None:
         other, host = other + host, 0.0
     else:
         other += max(0.0, launching - forward - early)
-    read = (2 + again) * read_bytes(job.work, strategy, tokens) / rates.bandwidth
+    read = weights / rates.bandwidth
     link, streamed = _activation_seconds(job, rates, tokens), _streamed_seconds(job, rates, level)
     if link is None or streamed is None:
         return None
@@ -210,24 +229,28 @@ def train_seconds(job: Job, rates: Rates, level: Level) -> Seconds | None:
     return Seconds(read, forward + backward, host, link, 0.0, other, copies, reads, step)
 
 
-def _train_products(job: Job, rate: float, level: Level, again: int) -> tuple[float, float]:
-    """Matrix products and attention of forward and backward, in seconds."""
-    work, workload = job.work, job.workload
+@identities_cache
+def _train_operations(job: Job, level: Level) -> tuple[float, float]:
+    """Of matrix products and attention, forward and backward, over what each reaches of the card's rate."""
+    work, workload, again = job.work, job.workload, int(job.strategy.gradient_checkpointing)
     tokens = workload.batch_size * workload.seq_len
-    compute = rate * efficiency("train_compute", level)
+    reached = efficiency("train_compute", level)
     layers, head = (
-        _product_seconds(job, 2.0 * tokens * n, compute, level)
+        _product_seconds(job, 2.0 * tokens * n, reached, level)
         for n in (work.active_linear_weights, work.head_weights)
     )
-    attention = tokens * _pass_attention(job, workload.seq_len, level) / _attention_compute(job, rate, level)
+    attention = tokens * _pass_attention(job, workload.seq_len, level) / _attention_compute(job, 1.0, level)
     trained = 2 if workload.method == "full" else 1
     backward = layers * (again + trained) + head * trained + attention * (again + _ATTENTION_BACKWARD)
     return layers + head + attention, backward
 
 
-def _train_bytes(job: Job, tokens: int, again: int) -> tuple[float, float]:
-    """Bytes of everything but large products, of forward and of backward with the optimizer's share."""
+@identity_cache
+def _train_bytes(job: Job) -> tuple[float, float, float]:
+    """Bytes of everything but large products, of forward and of backward with the optimizer's share; bytes of
+    weights that are read."""
     work, workload, strategy = job.work, job.workload, job.strategy
+    again, tokens = int(strategy.gradient_checkpointing), workload.batch_size * workload.seq_len
     fused = strategy.loss == "fused" or strategy.kernels == "liger"
     loss, loss_backward = (tokens * work.vocab_size * n for n in LOSS_BYTES[fused])
     count, full = job.elementwise, workload.method == "full"
@@ -236,11 +259,13 @@ def _train_bytes(job: Job, tokens: int, again: int) -> tuple[float, float]:
     if full:  # the embeddings' gradient, cleared and added to that of a tied output projection
         step += _EMBEDDING_GRADIENT_BYTES * work.hidden_size * work.vocab_size
     backward = tokens * (count.backward_bytes + again * count.forward_bytes) + loss_backward + step
-    return tokens * count.forward_bytes + loss, backward
+    return tokens * count.forward_bytes + loss, backward, (2 + again) * read_bytes(work, strategy, tokens)
 
 
-def _train_launches(job: Job, level: Level, again: int) -> tuple[float, float]:
+@identities_cache
+def _train_launches(job: Job, level: Level) -> tuple[float, float]:
     """Host time of forward and of backward. autograd launches without Python, but for packed weights."""
+    again = int(job.strategy.gradient_checkpointing)
     kernel = efficiency("train_host_seconds_per_kernel", level)
     checkpoint = again * job.work.layers * efficiency("checkpoint_host_seconds", level)
     packed = (

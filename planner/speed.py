@@ -15,6 +15,7 @@ from math import ceil
 from msgspec.structs import replace
 
 from planner.elementwise import elementwise
+from planner.identity import identities_cache
 from planner.memory.adapters import adapter_parameters
 from planner.memory.lasting import trained_tensors
 from planner.memory.optimizer import OPTIMIZERS
@@ -41,7 +42,8 @@ def predict_speed(
 
     `placement` says how many layers are fetched over the link or from disk in each pass.
     """
-    job = _job(arch, machine, workload, strategy, placement)
+    on_cpu = strategy.placement == "cpu" or not machine.gpus
+    job = _job(arch, on_cpu, machine.host.cores or 0, workload, strategy, placement)
     rates_of = cpu_rates if job.on_cpu else card_rates
     rates = {level: rates_of(machine, strategy.dtype, level) for level in LEVELS}
     basis = _basis(machine, job.on_cpu)
@@ -66,7 +68,7 @@ def free_copies_tokens(
         if not train:
             work = replace(workload, prompt_tokens=512 * times, batch_size=1, concurrency=1)
         one_pass = train_seconds if train else prefill_seconds
-        seconds = one_pass(_job(arch, machine, work, strategy, placement), rates, "typical")
+        seconds = one_pass(_job(arch, False, 0, work, strategy, placement), rates, "typical")
         if seconds is None:
             return None
         copies, busy = max(seconds.streamed, seconds.read), max(seconds.card, seconds.launch)
@@ -81,10 +83,16 @@ def free_copies_tokens(
 _MOST_TIMES = 2**12
 
 
+@identities_cache
 def _job(
-    arch: Architecture, machine: Machine, workload: Workload, strategy: Strategy, placement: PlacementMap
+    arch: Architecture,
+    on_cpu: bool,
+    cores: int,
+    workload: Workload,
+    strategy: Strategy,
+    placement: PlacementMap,
 ) -> Job:
-    on_cpu = strategy.placement == "cpu" or not machine.gpus
+    """What is asked, with all that follows whatever the card."""
     adapted = workload.task == "train" and workload.method != "full"
     return Job(
         count_work(arch),
@@ -92,7 +100,7 @@ def _job(
         strategy,
         placement,
         on_cpu,
-        machine.host.cores or 0,
+        cores,
         adapter_parameters(arch, workload) if adapted else 0,
         elementwise(arch, workload, strategy),
         _updates(arch, workload, strategy),
@@ -100,6 +108,7 @@ def _job(
     )
 
 
+@identities_cache
 def _updates(arch: Architecture, workload: Workload, strategy: Strategy) -> int:
     if workload.task != "train" or OPTIMIZERS[strategy.optimizer].bits is None:
         return 0
