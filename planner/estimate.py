@@ -100,9 +100,11 @@ def estimate(
     elif len(machine.gpus) > 1 and work.task == "infer":
         gpus, placement = _spread(arch, machine, work, how)
     else:
-        memory = exact.memory if exact else None
+        # what was traced may be an architecture whose layers cannot be played
         gpus = tuple(
-            _card(gpu, memory or _memory(arch, work, how, gpu), arch, work, how, _holes(arch, work, how, gpu))
+            _card(gpu, exact.memory, arch, work, how)
+            if exact
+            else _card(gpu, _memory(arch, work, how, gpu), arch, work, how, _holes(arch, work, how, gpu))
             for gpu in machine.gpus
         )
         placement = one_device(0, arch)
