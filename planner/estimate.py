@@ -7,6 +7,7 @@ estimate.
 
 from __future__ import annotations
 
+import math
 from functools import lru_cache
 
 from msgspec import Struct
@@ -16,8 +17,8 @@ from planner.attention_kernel import as_it_runs
 from planner.draft import draft_architecture
 from planner.errors import BadOption
 from planner.host_disk import disk_estimate, host_estimate
-from planner.identity import identity_cache
-from planner.machine import budget, free_ram
+from planner.identity import identities_cache, identity_cache
+from planner.machine import budget, free_ram, kind_of
 from planner.memory.draft import with_draft
 from planner.memory.host import host_memory
 from planner.memory.infer import inference_memory
@@ -26,7 +27,8 @@ from planner.memory.offload import offloaded_memory, passing_bytes
 from planner.memory.optimizer import OPTIMIZERS
 from planner.memory.overheads import context, cublas_workspace, slack
 from planner.memory.recurrent import is_followed
-from planner.memory.streamed import parts_of, streamed_memory
+from planner.memory.steady import Holes, steady_holes
+from planner.memory.streamed import Parts, parts_of, streamed_memory
 from planner.memory.train import training_memory
 from planner.memory.weights import WIDTH, weight_bytes
 from planner.placement import (
@@ -98,9 +100,12 @@ def estimate(
     elif len(machine.gpus) > 1 and work.task == "infer":
         gpus, placement = _spread(arch, machine, work, how)
     else:
-        memory = exact.memory if exact else None
+        # what was traced may be an architecture whose layers cannot be played
         gpus = tuple(
-            _card(gpu, memory or _memory(arch, work, how, gpu), arch, work, how) for gpu in machine.gpus
+            _card(gpu, exact.memory, arch, work, how)
+            if exact
+            else _card(gpu, _memory(arch, work, how, gpu), arch, work, how, _holes(arch, work, how, gpu))
+            for gpu in machine.gpus
         )
         placement = one_device(0, arch)
     parameters = model.parameters or count(arch)
@@ -144,6 +149,7 @@ def count(arch: Architecture) -> int:
     return parameter_count(arch)
 
 
+@identity_cache
 def normal(work: Workload) -> Workload:
     """The job without what its task does not use, so that equal jobs share cached work."""
     plain = Workload()
@@ -164,6 +170,7 @@ def normal(work: Workload) -> Workload:
     )
 
 
+@identities_cache
 def normal_strategy(how: Strategy, work: Workload) -> Strategy:
     """The strategy without what the task does not use."""
     plain = Strategy()
@@ -183,7 +190,11 @@ def normal_strategy(how: Strategy, work: Workload) -> Strategy:
 
 
 def _memory(arch: Architecture, work: Workload, how: Strategy, gpu: Gpu | None) -> CardMemory:
-    workspace = cublas_workspace(gpu.profile) if gpu else 0
+    return _memory_beside(arch, work, how, cublas_workspace(gpu.profile) if gpu else 0)
+
+
+@identities_cache
+def _memory_beside(arch: Architecture, work: Workload, how: Strategy, workspace: int) -> CardMemory:
     place = replace(how, placement="full_gpu", engine="resident")
     if work.task == "train":
         return training_memory(arch, work, place, workspace)
@@ -196,17 +207,48 @@ UNCERTAIN_ELSEWHERE = 0.15
 """Share of the allocated peak left open on cards of other vendors, where nothing was measured yet."""
 
 
-def _card(gpu: Gpu, memory: CardMemory, arch: Architecture, work: Workload, how: Strategy) -> GpuEstimate:
+def _uncertain(gpu: Gpu, measured: bool, played: bool) -> float:
+    """Share of the allocated peak left open on both sides. Residuals of played runs are of measured caps on
+    the measured card, errors of the peak counted in."""
+    if gpu.profile.vendor != "nvidia":
+        return UNCERTAIN_ELSEWHERE
+    return (0.003 if played else 0.01) if measured else 0.02
+
+
+def _holes(arch: Architecture, work: Workload, how: Strategy, gpu: Gpu) -> Holes | None:
+    """Of the whole job on one card, played on the allocator."""
+    return _holes_beside(arch, work, how, cublas_workspace(gpu.profile))
+
+
+@identities_cache
+def _holes_beside(arch: Architecture, work: Workload, how: Strategy, workspace: int) -> Holes | None:
+    return steady_holes(arch, work, replace(how, placement="full_gpu", engine="resident"), workspace)
+
+
+_slack = identities_cache(slack)
+
+
+def _card(
+    gpu: Gpu,
+    memory: CardMemory,
+    arch: Architecture,
+    work: Workload,
+    how: Strategy,
+    holes: Holes | None = None,
+) -> GpuEstimate:
     """Allocated, required and process bytes of a card, with their interval."""
-    room = slack(memory, arch, work, how)
+    room = _slack(memory, arch, work, how, holes)
     around = context(gpu.profile, arch, work, how)
     peak = memory.peak
     allocated = peak.bytes
     required = max(memory.load_peak_bytes, allocated + room.typical)
     budget_bytes, basis = budget(gpu)
-    uncertain = UNCERTAIN_ELSEWHERE if gpu.profile.vendor != "nvidia" else 0.01 if around.measured else 0.02
+    uncertain = _uncertain(gpu, around.measured, holes is not None)
     low = int(max(memory.load_bytes, allocated * (1 - uncertain) + room.low)) + around.low
-    high = int(max(memory.load_peak_bytes, allocated * (1 + uncertain) + room.high)) + around.high
+    above = max(memory.load_peak_bytes, allocated * (1 + uncertain) + room.high) - required
+    more = around.high - around.typical
+    # what the allocator and the context may need beyond the typical is independent of each other
+    high = required + around.typical + int(math.hypot(max(0, above), more) if holes else above + more)
     return GpuEstimate(
         index=gpu.index,
         budget_bytes=budget_bytes,
@@ -238,7 +280,8 @@ def _offloaded(
 
     def card(split: Split) -> GpuEstimate:
         passing = passing_bytes(arch, split, WIDTH[how.dtype])
-        return _card(gpu, offloaded_memory(memory, split, arch.layers, passing), arch, work, how)
+        holes = None if split.offloaded_bytes else _holes(arch, work, how, gpu)
+        return _card(gpu, offloaded_memory(memory, split, arch.layers, passing), arch, work, how, holes)
 
     room = budget(gpu)[0] or 0
     split = resident_layers(arch, weights, card(Split(arch.layers, 0)).high_bytes - room)
@@ -264,11 +307,18 @@ def _streamed(
     gpu = machine.gpus[0]
     memory, parts = _memory(arch, work, how, gpu).lean, parts_of(arch, how)
     room = budget(gpu)[0] or 0
+    alike, known = kind_of(machine).gpus[0], _high_bytes(memory, parts, arch, work, how)
+    kind = (alike.profile.vendor, alike.profile.compute_capability)
 
-    def card(tiers: Tiers) -> GpuEstimate:
+    def card(tiers: Tiers, gpu: Gpu = gpu) -> GpuEstimate:
         return _card(gpu, streamed_memory(memory, parts, tiers), arch, work, how)
 
-    tiers = choose_residents(parts, lambda tiers: card(tiers).high_bytes, room, work, how)
+    def high_bytes(tiers: Tiers) -> int:
+        if (*kind, tiers) not in known:
+            known[*kind, tiers] = card(tiers, alike).high_bytes
+        return known[*kind, tiers]
+
+    tiers = choose_residents(parts, high_bytes, room, work, how)
     free = free_ram(machine)
     most = None
     if free is not None:
@@ -277,6 +327,15 @@ def _streamed(
         ).ram_bytes
         most = int(free / (1 + RAM_UNCERTAINTY)) - beside
     return (card(tiers),), stream_map(arch, spread_over_disk(parts, tiers, how, most))
+
+
+@identities_cache
+def _high_bytes(
+    memory: CardMemory, parts: Parts, arch: Architecture, work: Workload, how: Strategy
+) -> dict[tuple[str, str | None, Tiers], int]:
+    """What a run needs at most, by vendor and compute capability of the card and what stays there: filled as
+    cards are asked for."""
+    return {}
 
 
 def _spread(

@@ -202,8 +202,8 @@ def _lines(lines: tuple[MemoryLine, ...], whole: int, terms: Terms, source: str)
 
 
 ALLOCATOR = (
-    "holes between blocks that no cap can do without, and what the lines above may be off by; brackets of "
-    "52 measured runs (benchmarks/calibration)"
+    "holes between blocks that no cap can do without: the run played on torch's allocator, and what measured "
+    "caps needed beside it (benchmarks/accuracy, benchmarks/calibration)"
 )
 
 

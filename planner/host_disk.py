@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from planner.draft import draft_architecture
+from planner.identity import identities_cache
 from planner.memory.adapters import adapter_parameters
 from planner.memory.host import checkpoint_bytes, disk_space, download_bytes, host_memory
 from planner.memory.moments import CardMemory, line
@@ -28,8 +29,21 @@ def host_estimate(
     placement: PlacementMap,
 ) -> HostEstimate:
     """RAM of a run. `memory`: of the run on a card, or on the CPU where `gpus` is empty."""
+    managed = max((gpu.managed_bytes for gpu in gpus), default=0)
+    return _host_estimate(arch, work, how, memory, bool(gpus), managed, placement)
+
+
+@identities_cache
+def _host_estimate(
+    arch: Architecture,
+    work: Workload,
+    how: Strategy,
+    memory: CardMemory,
+    on_card: bool,
+    managed_bytes: int,
+    placement: PlacementMap,
+) -> HostEstimate:
     weights = weight_bytes(arch, how.quant, how.quant_experts, how.dtype)
-    on_card = bool(gpus)
     streams = on_card and how.engine == "stream"
     in_ram = _in_ram(arch, weights, placement) if on_card and not streams else 0
     saved = 0
@@ -39,7 +53,7 @@ def host_estimate(
     return host_memory(
         on_card=on_card,
         in_ram_bytes=in_ram,
-        managed_bytes=max((gpu.managed_bytes for gpu in gpus), default=0),
+        managed_bytes=managed_bytes,
         pinned_bytes=memory.host_bytes if on_card else 0,
         streamed=pinned_lines(parts_of(arch, how), tiers_of(arch, placement)) if streams else (),
         largest_tensor_bytes=0 if streams else _in_flight(arch, weights, placement, on_card),
@@ -79,6 +93,10 @@ def _embedding_place(arch: Architecture, placement: PlacementMap) -> int | str |
     return placement.device_map.get(token_embedding(arch))
 
 
+_state = identities_cache(optimizer_state)
+
+
+@identities_cache
 def disk_estimate(
     arch: Architecture, parameters: int, work: Workload, how: Strategy, placement: PlacementMap
 ) -> DiskEstimate:
@@ -93,7 +111,7 @@ def disk_estimate(
     state: StateBytes | None = None
     trained = 0
     if work.task == "train":
-        state = optimizer_state(arch, work, how)
+        state = _state(arch, work, how)
         trained = parameters if work.method == "full" else adapter_parameters(arch, work)
     checkpoint = checkpoint_bytes(parameters, trained, work, how, state)
     width = WIDTH[how.dtype] if work.method == "full" else WIDTH[work.adapter_dtype]

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from msgspec.structs import replace
 
 from planner.errors import BadOption
+from planner.identity import identity_cache
 from planner.machine_file import load_machine_file
 from planner.types import Disk, Gpu, Host, Machine
 from planner.units import GIB, MIB, format_bytes
@@ -111,6 +112,29 @@ def override(
     return replace(machine, gpus=gpus, host=host, disks=disks)
 
 
+@identity_cache
+def kind_of(machine: Machine) -> Machine:
+    """A machine of no more than what decides whether a job is possible on it, so that all cards of a kind are
+    one: vendor, compute capability and 16-bit arithmetic of each card, and the operating system."""
+
+    def bare(gpu: Gpu) -> Gpu:
+        card = gpu.profile
+        profile = GpuProfile(
+            id="",
+            name="",
+            vendor=card.vendor,
+            memory_bytes=0,
+            memory_basis="nominal",
+            compute_capability=card.compute_capability,
+            bf16=card.bf16,
+            bf16_flops_per_s=None if card.bf16_flops_per_s is None else 1,
+            fp16_flops_per_s=None if card.fp16_flops_per_s is None else 1,
+        )
+        return Gpu(index=0, profile=profile, total_bytes=0)
+
+    return Machine(gpus=tuple(map(bare, machine.gpus)), host=Host(system=machine.host.system))
+
+
 def budget(gpu: Gpu) -> tuple[int, str]:
     """Bytes a process may use on a card, and the reason as text: what is free where the card is live, the
     driver's total where the catalogue holds it, 98 % of the nominal capacity otherwise, the GPU's share of a
@@ -120,6 +144,11 @@ def budget(gpu: Gpu) -> tuple[int, str]:
     >>> budget(machine_from_gpus([(load_gpu("rtx-3090"), 1)]).gpus[0])
     (25232932864, 'nvidia-smi total 24 GiB, minus 512 MiB for the display')
     """
+    return _budget(gpu)
+
+
+@identity_cache
+def _budget(gpu: Gpu) -> tuple[int, str]:
     usable, reason = _usable(gpu)
     if gpu.reserve_bytes:
         held = format_bytes(gpu.reserve_bytes)

@@ -16,11 +16,14 @@ from math import ceil
 
 from msgspec import Struct
 
+from planner.elementwise import LOSS_BYTES, Count
+from planner.identity import identities_cache, identity_cache
 from planner.memory.streamed import Traffic
 from planner.memory.train import IN_FLIGHT
 from planner.rates import Level, Rates, efficiency
 from planner.types import PlacementMap, Strategy, Workload
 from planner.work import (
+    INT8_KERNELS,
     Work,
     attention_flops,
     cache_bytes,
@@ -42,6 +45,7 @@ _ATTENTION_BACKWARD = 2.5
 # Bytes an optimizer step moves for each parameter: gradient, weight and two moments read, all but the first
 # written, in mixed widths.
 _OPTIMIZER_TRAFFIC_BYTES = 24
+_EMBEDDING_GRADIENT_BYTES = 8
 
 
 class Job(Struct, frozen=True):
@@ -55,6 +59,10 @@ class Job(Struct, frozen=True):
     cores: int
     adapter_parameters: int = 0
     """Trained elements of the job's adapters; 0 for inference and full fine-tuning."""
+    elementwise: Count = Count()
+    """What all layers move and launch beside large products."""
+    updates: int = 0
+    """Trained tensors that bitsandbytes' optimizer updates one after the other; 0 for torch's."""
     traffic: Traffic = Traffic()
     """What engine stream moves in a pass, or in forward and backward together."""
 
@@ -73,6 +81,8 @@ class Seconds(Struct, frozen=True):
     """Copies over the link under the computation."""
     read: float = 0.0
     """Reads from disk under both."""
+    alone: float = 0.0
+    """Time in which nothing else runs: before the first launch, in an optimizer's step."""
 
     @property
     def card(self) -> float:
@@ -81,8 +91,10 @@ class Seconds(Struct, frozen=True):
 
     @property
     def total(self) -> float:
-        """The pass: card, host, streamed copies and reads side by side, other transfers in turn with all."""
-        return max(self.card, self.launch, self.streamed, self.read) + self.link + self.disk
+        """The pass: card, host, streamed copies and reads side by side; what is alone and other transfers in
+        turn with all."""
+        side_by_side = max(self.card, self.launch, self.streamed, self.read)
+        return side_by_side + self.link + self.disk + self.alone
 
     @property
     def bound(self) -> str:
@@ -105,12 +117,10 @@ def decode_seconds(job: Job, rates: Rates, level: Level) -> Seconds | None:
     if rates.bandwidth is None or rates.compute is None:
         return None
     work, strategy, batch = job.work, job.strategy, job.workload.sequences
-    context = job.workload.prompt_tokens + job.workload.new_tokens / 2
-    kept = batch * cache_bytes(work, context, element_bytes(strategy.dtype))
-    flops = batch * (2 * (work.active_linear_weights + work.head_weights) + attention_flops(work, context))
+    kept, flops, weights, kernels = _decode_amounts(job)
     suffix = "" if strategy.quant == "none" else f"_{strategy.quant}"
     streaming = rates.bandwidth * (1.0 if job.on_cpu else efficiency(f"decode_bandwidth{suffix}", level))
-    read = read_bytes(work, strategy, batch) / streaming
+    read = weights / streaming
     moved = _CACHE_PASSES[strategy.cache] * kept / rates.bandwidth
     if strategy.cache == "static":
         # all of it is attended to behind a mask, the part that is still empty too
@@ -122,7 +132,6 @@ def decode_seconds(job: Job, rates: Rates, level: Level) -> Seconds | None:
     if fetched is None or streamed is None:
         return None
     link, disk = fetched
-    kernels = launches(work, strategy, adapters=False) + work.layers * _CACHE_KERNELS.get(strategy.cache, 0)
     # over a static cache the executor records one step in a CUDA graph; LLM.int8 decides things on the host
     recorded = strategy.cache == "static" and not job.on_cpu and strategy.quant != "int8"
     overhead = efficiency("token_overhead_seconds", level)
@@ -138,6 +147,19 @@ def decode_seconds(job: Job, rates: Rates, level: Level) -> Seconds | None:
     return Seconds(read + moved, products, host, link, disk, small, *streamed)
 
 
+@identity_cache
+def _decode_amounts(job: Job) -> tuple[float, float, float, int]:
+    """Bytes of the cache, operations, bytes of the weights, kernels: whatever the card."""
+    work, strategy, batch = job.work, job.strategy, job.workload.sequences
+    context = job.workload.prompt_tokens + job.workload.new_tokens / 2
+    return (
+        batch * cache_bytes(work, context, element_bytes(strategy.dtype)),
+        batch * (2 * (work.active_linear_weights + work.head_weights) + attention_flops(work, context)),
+        read_bytes(work, strategy, batch),
+        launches(work, strategy) + work.layers * _CACHE_KERNELS.get(strategy.cache, 0),
+    )
+
+
 def prefill_seconds(job: Job, rates: Rates, level: Level) -> Seconds | None:
     """The prompts of the whole batch; logits of the last token only, as `generate` asks.
 
@@ -145,25 +167,36 @@ def prefill_seconds(job: Job, rates: Rates, level: Level) -> Seconds | None:
     """
     if rates.bandwidth is None or rates.compute is None:
         return None
-    work, strategy = job.work, job.strategy
     tokens = job.workload.sequences * job.workload.prompt_tokens
-    parts = ceil(job.workload.prompt_tokens / (strategy.prefill_chunk_tokens or job.workload.prompt_tokens))
+    parts = ceil(
+        job.workload.prompt_tokens / (job.strategy.prefill_chunk_tokens or job.workload.prompt_tokens)
+    )
     fetched, streamed = _fetch(job, rates, 0.0), _streamed_seconds(job, rates, level)
     if fetched is None or streamed is None:
         return None
-    compute = rates.compute * efficiency("prefill_compute", level)
-    products = _product_seconds(job, 2.0 * work.active_linear_weights * tokens, compute, level)
-    attention = tokens * _pass_attention(job, job.workload.prompt_tokens, level)
-    products += attention / _attention_compute(job, rates.compute, level)
-    traffic = efficiency("traffic_per_feature", level) * tokens * work.hidden_size * work.layers
-    other = traffic / rates.bandwidth + _dequantize(job, rates, level, parts)
-    host = parts * launches(work, strategy, adapters=False) * efficiency("host_seconds_per_kernel", level)
-    read = parts * read_bytes(work, strategy, ceil(tokens / parts)) / rates.bandwidth
+    operations, weights, kernels = _prefill_amounts(job, level, parts)
+    products = operations / rates.compute
+    moving = rates.bandwidth * efficiency("elementwise_bandwidth", level)
+    other = tokens * job.elementwise.forward_bytes / moving + _dequantize(job, rates, level, parts)
+    host = kernels * efficiency("host_seconds_per_kernel", level)
+    read = weights / rates.bandwidth
     if job.on_cpu:
         other, host = other + host, 0.0
-    host += efficiency("token_overhead_seconds", level)
     link, disk, copies, reads = (parts * seconds for seconds in (*fetched, *streamed))
-    return Seconds(read, products, host, link, disk, other, copies, reads)
+    begins = efficiency("prefill_overhead_seconds", level)
+    return Seconds(read, products, host, link, disk, other, copies, reads, begins)
+
+
+@identities_cache
+def _prefill_amounts(job: Job, level: Level, parts: int) -> tuple[float, float, int]:
+    """Operations over what is reached of the rate, bytes of the weights, kernels: whatever the card."""
+    work, tokens = job.work, job.workload.sequences * job.workload.prompt_tokens
+    reached = efficiency("prefill_compute", level)
+    products = _product_seconds(job, 2.0 * work.active_linear_weights * tokens, reached, level)
+    attention = tokens * _pass_attention(job, job.workload.prompt_tokens, level)
+    operations = products + attention / _attention_compute(job, 1.0, level)
+    weights = parts * read_bytes(work, job.strategy, ceil(tokens / parts))
+    return operations, weights, parts * launches(work, job.strategy)
 
 
 # --------------------------------------------------------------------------- training
@@ -173,47 +206,90 @@ def train_seconds(job: Job, rates: Rates, level: Level) -> Seconds | None:
     """One forward and backward over a batch, with its share of the optimizer step.
 
     Operations for each weight and token: 2 forward, 2 for the gradient of the input, 2 more for that of a
-    weight that is trained, 2 again where the forward is repeated for a checkpoint.
+    weight that is trained, 2 again where the forward is repeated for a checkpoint. A step begins with nothing
+    launched (the Trainer has read the last one's loss), so where the host launches the forward slower than
+    the card computes it, the card waits that long.
     """
     if rates.bandwidth is None or rates.compute is None:
         return None
-    work, workload, strategy = job.work, job.workload, job.strategy
-    full = workload.method == "full"
+    strategy, steps = job.strategy, job.workload.gradient_accumulation_steps
     again = int(strategy.gradient_checkpointing)
-    tokens = workload.batch_size * workload.seq_len
-    backward = 2 if full else 1
-    compute = rates.compute * efficiency("train_compute", level)
-    flops = 2.0 * tokens * work.active_linear_weights * (1 + again + backward)
-    flops += 2.0 * tokens * work.head_weights * (1 + backward)
-    products = _product_seconds(job, flops, compute, level)
-    attention = tokens * _pass_attention(job, workload.seq_len, level) * (1 + again + _ATTENTION_BACKWARD)
-    products += attention / _attention_compute(job, rates.compute, level)
-    adapters = job.adapter_parameters
-    vector = rates.vector or rates.compute / 16
-    products += 6.0 * tokens * adapters / (vector if workload.adapter_dtype == "fp32" else compute)
-    per_feature = efficiency("traffic_per_feature", level) * tokens * work.hidden_size * work.layers
-    traffic = per_feature * (3 + again)
-    traffic += efficiency("loss_traffic", level) * tokens * work.vocab_size
-    if adapters:  # casts, dropout and sums around each adapted linear, three halves of it in backward
-        features = adapters / workload.lora_rank
-        traffic += efficiency("adapter_traffic", level) * tokens * features * (2.5 + again)
-    trained = work.weights if full else adapters
-    traffic += _OPTIMIZER_TRAFFIC_BYTES * trained / workload.gradient_accumulation_steps
-    other = traffic / rates.bandwidth + _dequantize(job, rates, level, 2 + again)
-    passes = 1 + again + 2 * efficiency("backward_host_share", level)
-    kernels = launches(work, strategy, adapters=not full) * passes
-    host = kernels * efficiency("train_host_seconds_per_kernel", level)
-    host += efficiency("step_overhead_seconds", level) / workload.gradient_accumulation_steps
+    tokens = job.workload.batch_size * job.workload.seq_len
+    forward, backward = (operations / rates.compute for operations in _train_operations(job, level))
+    moving = rates.bandwidth * efficiency("elementwise_bandwidth", level)
+    moved_forward, moved_backward, weights = _train_bytes(job)
+    unpacking = _dequantize(job, rates, level, 1)
+    early = moved_forward / moving + unpacking
+    late = moved_backward / moving + unpacking * (1 + again)
+    launching, launching_backward = _train_launches(job, level)
+    # bitsandbytes waits for the card after each tensor, so none of its step runs beside backward
+    updates = job.updates * efficiency("update_seconds_per_tensor", level)
+    step = (efficiency("step_overhead_seconds", level) + updates) / steps
+    other, host = early + late, launching + launching_backward
     if job.on_cpu:
         other, host = other + host, 0.0
-    read = (2 + again) * read_bytes(work, strategy, tokens) / rates.bandwidth
+    else:
+        other += max(0.0, launching - forward - early)
+    read = weights / rates.bandwidth
     link, streamed = _activation_seconds(job, rates, tokens), _streamed_seconds(job, rates, level)
     if link is None or streamed is None:
         return None
     copies, reads = streamed
     if job.strategy.engine == "stream":  # what comes back, comes with the layers; what leaves, beside them
         link, copies = 0.0, copies + link / 2
-    return Seconds(read, products, host, link, 0.0, other, copies, reads)
+    return Seconds(read, forward + backward, host, link, 0.0, other, copies, reads, step)
+
+
+@identities_cache
+def _train_operations(job: Job, level: Level) -> tuple[float, float]:
+    """Of matrix products and attention, forward and backward, over what each reaches of the card's rate."""
+    work, workload, again = job.work, job.workload, int(job.strategy.gradient_checkpointing)
+    tokens = workload.batch_size * workload.seq_len
+    reached = efficiency("train_compute", level)
+    layers, head = (
+        _product_seconds(job, 2.0 * tokens * n, reached, level)
+        for n in (work.active_linear_weights, work.head_weights)
+    )
+    attention = tokens * _pass_attention(job, workload.seq_len, level) / _attention_compute(job, 1.0, level)
+    trained = 2 if workload.method == "full" else 1
+    backward = layers * (again + trained) + head * trained + attention * (again + _ATTENTION_BACKWARD)
+    return layers + head + attention, backward
+
+
+@identity_cache
+def _train_bytes(job: Job) -> tuple[float, float, float]:
+    """Bytes of everything but large products, of forward and of backward with the optimizer's share; bytes of
+    weights that are read."""
+    work, workload, strategy = job.work, job.workload, job.strategy
+    again, tokens = int(strategy.gradient_checkpointing), workload.batch_size * workload.seq_len
+    fused = strategy.loss == "fused" or strategy.kernels == "liger"
+    loss, loss_backward = (tokens * work.vocab_size * n for n in LOSS_BYTES[fused])
+    count, full = job.elementwise, workload.method == "full"
+    trained = work.weights if full else job.adapter_parameters
+    step = _OPTIMIZER_TRAFFIC_BYTES * trained / workload.gradient_accumulation_steps
+    if full:  # the embeddings' gradient, cleared and added to that of a tied output projection
+        step += _EMBEDDING_GRADIENT_BYTES * work.hidden_size * work.vocab_size
+    backward = tokens * (count.backward_bytes + again * count.forward_bytes) + loss_backward + step
+    return tokens * count.forward_bytes + loss, backward, (2 + again) * read_bytes(work, strategy, tokens)
+
+
+@identities_cache
+def _train_launches(job: Job, level: Level) -> tuple[float, float]:
+    """Host time of forward and of backward. autograd launches without Python, but for packed weights."""
+    again = int(job.strategy.gradient_checkpointing)
+    kernel = efficiency("train_host_seconds_per_kernel", level)
+    checkpoint = again * job.work.layers * efficiency("checkpoint_host_seconds", level)
+    packed = (
+        job.work.linears
+        * {
+            "none": 0.0,
+            "nf4": efficiency("nf4_host_seconds_per_linear", level),
+            "int8": kernel * INT8_KERNELS,
+        }[job.strategy.quant]
+    )
+    forward = kernel * job.elementwise.forward_kernels + packed
+    backward = kernel * efficiency("backward_host_share", level) * job.elementwise.backward_kernels + packed
+    return forward, backward + again * forward + checkpoint
 
 
 def _activation_seconds(job: Job, rates: Rates, tokens: int) -> float | None:
@@ -261,7 +337,7 @@ def _dequantize(job: Job, rates: Rates, level: Level, passes: int) -> float:
     if job.strategy.quant == "int8" or not weights or rates.bandwidth is None:
         return 0.0
     width = element_bytes(job.strategy.dtype) + linear_bytes(job.strategy)
-    return passes * weights * width / rates.bandwidth
+    return passes * weights * width / (rates.bandwidth * efficiency("dequantize_bandwidth", level))
 
 
 def _cpu_dequantize(job: Job, level: Level, tokens: int) -> float:

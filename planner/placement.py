@@ -12,6 +12,7 @@ from functools import lru_cache
 
 from msgspec import Struct
 
+from planner.identity import identities_cache, identity_cache
 from planner.memory.weights import WeightBytes
 from planner.types import PlacementMap
 from profiles.schema import Architecture, Linear, Parameter, Tower
@@ -72,6 +73,7 @@ def balanced(arch: Architecture, weights: WeightBytes, budgets: Sequence[int]) -
     return tuple(counts)
 
 
+@identities_cache
 def one_device(where: int | str, arch: Architecture) -> PlacementMap:
     """Everything on one card (or on the CPU)."""
     on_card = isinstance(where, int)
@@ -133,6 +135,18 @@ def _places(resident: int, on_disk: int, layers: int) -> tuple[int | str, ...]:
 
 def stream_map(arch: Architecture, tiers: Tiers) -> PlacementMap:
     """Residents and all that is no layer on card 0; the rest where `tiers` has it."""
+    known = _known_maps(arch)
+    if tiers not in known:
+        known[tiers] = _stream_map(arch, tiers)
+    return known[tiers]
+
+
+@identity_cache
+def _known_maps(arch: Architecture) -> dict[Tiers, PlacementMap]:
+    return {}
+
+
+def _stream_map(arch: Architecture, tiers: Tiers) -> PlacementMap:
     names: dict[str, int | str] = dict.fromkeys(outer_modules(arch), 0)
     if tiers.embeddings_away:
         names[token_embedding(arch)] = "cpu"

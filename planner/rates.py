@@ -14,6 +14,7 @@ from typing import Literal
 import msgspec
 from msgspec import Struct
 
+from planner.identity import identity_cache
 from planner.types import Dtype, Gpu, Machine
 from profiles.data import read_table
 from profiles.hardware import parse_capability
@@ -139,6 +140,18 @@ def direct_rate(machine: Machine, level: Level) -> float:
 
 def card_rates(machine: Machine, dtype: Dtype, level: Level) -> Rates:
     """Rates of the slowest card of a machine that has one."""
+    known = _known_rates(machine)
+    if (dtype, level) not in known:
+        known[dtype, level] = _card_rates(machine, dtype, level)
+    return known[dtype, level]
+
+
+@identity_cache
+def _known_rates(machine: Machine) -> dict[tuple[Dtype, Level], Rates]:
+    return {}
+
+
+def _card_rates(machine: Machine, dtype: Dtype, level: Level) -> Rates:
     gpu = min(machine.gpus, key=lambda g: g.profile.bandwidth_bytes_per_s or 0)
     probe = machine.probe
     vendor = 1.0 if gpu.profile.vendor == "nvidia" else efficiency("other_vendor", level)

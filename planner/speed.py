@@ -14,8 +14,13 @@ from math import ceil
 
 from msgspec.structs import replace
 
+from planner.elementwise import elementwise
+from planner.identity import identities_cache
 from planner.memory.adapters import adapter_parameters
+from planner.memory.lasting import trained_tensors
+from planner.memory.optimizer import OPTIMIZERS
 from planner.memory.streamed import Traffic, parts_of, traffic
+from planner.memory.train import training_pass
 from planner.passes import Job, Seconds, decode_seconds, prefill_seconds, train_seconds
 from planner.placement import tiers_of
 from planner.rates import LEVELS, Level, Rates, card_rates, cpu_rates
@@ -38,15 +43,10 @@ def predict_speed(
     `placement` says how many layers are fetched over the link or from disk in each pass.
     """
     on_cpu = strategy.placement == "cpu" or not machine.gpus
-    adapted = workload.task == "train" and workload.method != "full"
-    adapters = adapter_parameters(arch, workload) if adapted else 0
-    moves = _traffic(arch, workload, strategy, placement) if not on_cpu else Traffic()
-    job = Job(
-        count_work(arch), workload, strategy, placement, on_cpu, machine.host.cores or 0, adapters, moves
-    )
-    rates_of = cpu_rates if on_cpu else card_rates
+    job = _job(arch, on_cpu, machine.host.cores or 0, workload, strategy, placement)
+    rates_of = cpu_rates if job.on_cpu else card_rates
     rates = {level: rates_of(machine, strategy.dtype, level) for level in LEVELS}
-    basis = _basis(machine, on_cpu)
+    basis = _basis(machine, job.on_cpu)
     if workload.task == "train":
         train, bound = _range(job, rates, train_seconds, workload.batch_size * workload.seq_len)
         return Speed(train_tokens_per_s=train, bound=bound, basis=basis)
@@ -59,28 +59,40 @@ def free_copies_tokens(
     arch: Architecture, machine: Machine, workload: Workload, strategy: Strategy, placement: PlacementMap
 ) -> int | None:
     """Tokens of one pass (of a training step's micro-batch) from which on the copies of engine stream take no
-    time of their own; None where that is not known. A straight line through two sizes of pass."""
+    time of their own; None where that is not known. Sizes are doubled, then a straight line is drawn."""
     rates = card_rates(machine, strategy.dtype, "typical")
-    one_pass, found = train_seconds, []
-    for times in (1, 4):
+    train = workload.task == "train"
+    few, less, times = 0, 0.0, 1
+    while times <= _MOST_TIMES:
         work = replace(workload, batch_size=times, gradient_accumulation_steps=1)
-        if workload.task == "infer":
+        if not train:
             work = replace(workload, prompt_tokens=512 * times, batch_size=1, concurrency=1)
-            one_pass = prefill_seconds
-        seconds = one_pass(_job(arch, machine, work, strategy, placement), rates, "typical")
+        one_pass = train_seconds if train else prefill_seconds
+        seconds = one_pass(_job(arch, False, 0, work, strategy, placement), rates, "typical")
         if seconds is None:
             return None
-        tokens = work.seq_len * times if workload.task == "train" else work.prompt_tokens
-        found.append((tokens, seconds.card, max(seconds.streamed, seconds.read)))
-    (few, less, copies), (many, more, _) = found
-    each = (more - less) / (many - few)
-    return max(1, ceil(few + (copies - less) / each)) if copies and each > 0 else None
+        copies, busy = max(seconds.streamed, seconds.read), max(seconds.card, seconds.launch)
+        tokens = work.seq_len * times if train else work.prompt_tokens
+        if busy >= copies:
+            share = (copies - less) / (busy - less)
+            return max(1, ceil(few + (tokens - few) * share)) if copies else None
+        few, less, times = tokens, busy, 2 * times
+    return None
 
 
+_MOST_TIMES = 2**12
+
+
+@identities_cache
 def _job(
-    arch: Architecture, machine: Machine, workload: Workload, strategy: Strategy, placement: PlacementMap
+    arch: Architecture,
+    on_cpu: bool,
+    cores: int,
+    workload: Workload,
+    strategy: Strategy,
+    placement: PlacementMap,
 ) -> Job:
-    on_cpu = strategy.placement == "cpu" or not machine.gpus
+    """What is asked, with all that follows whatever the card."""
     adapted = workload.task == "train" and workload.method != "full"
     return Job(
         count_work(arch),
@@ -88,10 +100,20 @@ def _job(
         strategy,
         placement,
         on_cpu,
-        machine.host.cores or 0,
+        cores,
         adapter_parameters(arch, workload) if adapted else 0,
+        elementwise(arch, workload, strategy),
+        _updates(arch, workload, strategy),
         Traffic() if on_cpu else _traffic(arch, workload, strategy, placement),
     )
+
+
+@identities_cache
+def _updates(arch: Architecture, workload: Workload, strategy: Strategy) -> int:
+    if workload.task != "train" or OPTIMIZERS[strategy.optimizer].bits is None:
+        return 0
+    tensors, embeddings, _ = trained_tensors(arch, workload, training_pass(arch, workload, strategy))
+    return sum(count for _, count in tensors) + len(embeddings)
 
 
 def _traffic(arch: Architecture, workload: Workload, strategy: Strategy, placement: PlacementMap) -> Traffic:

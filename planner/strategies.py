@@ -7,7 +7,8 @@ fixed stays fixed. Combinations are judged by the table in `planner.rules` alone
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from functools import lru_cache, partial
 from itertools import product
 from typing import Any, Literal
 
@@ -15,6 +16,8 @@ from msgspec import Struct
 from msgspec.structs import replace
 
 from planner.errors import BadOption
+from planner.identity import identity_cache
+from planner.machine import kind_of
 from planner.rates import auto_dtype
 from planner.rules import Case, Rule, broken_rule, lacks_sdpa
 from planner.types import Dtype, Engine, Machine, Placement, Quant, Rejected, Strategy, Workload
@@ -166,7 +169,25 @@ def legal_strategies(
 
     `pinned` maps fields of `Strategy` to values the user fixed. Errors: `BadOption` when they leave nothing.
     """
-    fixed = dict(pinned or {})
+    fixed = tuple(sorted((pinned or {}).items()))
+    legal, rejected = _legal(arch)(kind_of(machine), workload, fixed, prefer)
+    return list(legal), list(rejected)
+
+
+@identity_cache
+def _legal(arch: Architecture) -> Callable[..., tuple[list[Strategy], list[Rejected]]]:
+    """`_legal(arch)(machine, ...)`: worked out once for all machines of a kind."""
+    return lru_cache(maxsize=256)(partial(_legal_strategies, arch))
+
+
+def _legal_strategies(
+    arch: Architecture,
+    machine: Machine,
+    workload: Workload,
+    pinned: tuple[tuple[str, Any], ...],
+    prefer: Prefer,
+) -> tuple[list[Strategy], list[Rejected]]:
+    fixed = dict(pinned)
     legal: dict[Strategy, None] = {}
     rejected: dict[tuple[str, ...], Rejected] = {}
     first: Rule | None = None

@@ -3,8 +3,8 @@
 Everything here follows from the `Architecture` and the strategy's precisions alone, so it is counted once per
 model and reused for every card. A multiply-add is two operations, as card makers count them.
 
-Ignored: norms, rotary embedding and activation functions as operations (their memory traffic is in
-`profiles/efficiency.json`), encoders of images and sound (idle in text-only work).
+Ignored: norms, rotary embedding and activation functions as operations (`planner.elementwise` counts the
+bytes they move), encoders of images and sound (idle in text-only work).
 """
 
 from __future__ import annotations
@@ -19,19 +19,19 @@ from planner.memory.kvcache import layer_kv_bytes, token_elements
 from planner.types import Strategy
 from profiles.arithmetic import expert_count, tower_count
 from profiles.precisions import load_precisions, weight_bytes_per_parameter
-from profiles.schema import Architecture, Attention, Layer, Linear, Norm, Parameter
+from profiles.schema import Architecture, Attention, Experts, Layer, Linear, Norm, Parameter
 
 # Kernels a module of transformers launches in eager mode, counted in its modelling code.
 _NORM_KERNELS = {"rms": 7, "layer": 1}
 _ROPE_KERNELS = 12
 _ATTENTION_KERNELS = {"sdpa": 4, "eager": 8, "flash_attention_2": 6}
-_RECURRENT_KERNELS = 30
+RECURRENT_KERNELS = 30
 _GROUPED_EXPERT_KERNELS = 25
 _EXPERT_KERNELS = 8
 _RESIDUAL_KERNELS = 2
 # Measured in decode on an H200: NF4 costs 1.7 launches more a linear than bf16, LLM.int8 18 more.
 _LINEAR_KERNELS = {"none": 1, "nf4": 3, "int8": 19}
-_ADAPTER_KERNELS = 7
+INT8_KERNELS = _LINEAR_KERNELS["int8"] - 1
 
 
 class Mixing(Struct, frozen=True):
@@ -129,13 +129,15 @@ def _kernels(layer: Layer, attention: str) -> int:
     mixer, channel = layer.attention, layer.feed_forward
     norms = (*layer.norms, *mixer.norms, *channel.norms)
     n = sum(_NORM_KERNELS[norm.kind] for norm in norms) + _RESIDUAL_KERNELS
-    n += _RECURRENT_KERNELS if mixer.kind == "recurrent" else _ATTENTION_KERNELS[attention]
+    n += RECURRENT_KERNELS if mixer.kind == "recurrent" else _ATTENTION_KERNELS[attention]
     n += _ROPE_KERNELS if mixer.rope and mixer.kind != "recurrent" else 0
     n += 2 if channel.kind == "gated" else 1
-    experts = channel.experts
-    if experts is not None:
-        n += _GROUPED_EXPERT_KERNELS if experts.fused else _EXPERT_KERNELS * experts.per_token
-    return n
+    return n + (expert_kernels(channel.experts) if channel.experts else 0)
+
+
+def expert_kernels(experts: Experts) -> int:
+    """Kernels of the routed experts of one layer."""
+    return _GROUPED_EXPERT_KERNELS if experts.fused else _EXPERT_KERNELS * experts.per_token
 
 
 def _count(arch: Architecture) -> Work:
@@ -242,8 +244,8 @@ def quantized_weights(work: Work, strategy: Strategy) -> int:
     return dense + (work.expert_weights if fused else 0)
 
 
-def launches(work: Work, strategy: Strategy, adapters: bool) -> int:
-    """Kernels of one eager forward pass."""
-    per_linear = _LINEAR_KERNELS[strategy.quant] + (_ADAPTER_KERNELS if adapters else 0)
+def launches(work: Work, strategy: Strategy) -> int:
+    """Kernels of one eager forward pass of inference."""
+    per_linear = _LINEAR_KERNELS[strategy.quant]
     extra = _ATTENTION_KERNELS[strategy.attention] - _ATTENTION_KERNELS["sdpa"]
     return work.kernels + work.linears * per_linear + work.layers * extra

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import itertools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -24,13 +25,23 @@ class Search:
         self.found: dict[str, Any] = {}
         self.low = self.high = 0
 
-    def run(self, low: int | None, high: int | None, work: Callable[[], None]) -> None:
-        """`low`, `high`: bytes allocated and reserved at the peak of the free run."""
+    def run(
+        self,
+        low: int | None,
+        high: int | None,
+        work: Callable[[], None],
+        between: Callable[[], None] = release,
+    ) -> None:
+        """`low`, `high`: bytes allocated and reserved at the peak of the free run. `between`: what goes back
+        before every try."""
         self.low, self.high = low or 0, high or 0
-        release()
+        between()
         try:
             cap = smallest_cap(
-                self.low, self.high, lambda n: self._works(n, work), guess=int(self._slack * self.low)
+                self.low,
+                self.high,
+                lambda n: self._works(n, work, between),
+                guess=int(self._slack * self.low),
             )
             self.found = {name: getattr(cap, name) for name in ("failed_bytes", "worked_bytes", "attempts")}
         except NoCapWorks as error:
@@ -38,7 +49,7 @@ class Search:
         finally:
             set_cap(self._share)
 
-    def _works(self, cap: int, work: Callable[[], None]) -> bool:
+    def _works(self, cap: int, work: Callable[[], None], between: Callable[[], None]) -> bool:
         set_cap(cap)
         try:
             work()
@@ -48,7 +59,7 @@ class Search:
             forget_frames(error)
             return False
         finally:
-            release()
+            between()
         return True
 
 
@@ -56,7 +67,8 @@ class Search:
 def searching_at_the_end(search: Search, meter: Callable[[], MomentMeter]) -> Iterator[None]:
     """Within, a training run ends with the search: every try is one more step of the run that is there.
 
-    Model, adapters and optimizer state stay where the free steps have put them, as in a run that goes on.
+    Model, adapters, optimizer state and the workspaces of cuBLAS stay where the free steps have put them, as
+    in a run that goes on: a workspace that settled where logits were is part of what the next step finds.
     `meter`: gives the meter of the free run, once it is there.
     """
     from executor import train
@@ -81,7 +93,8 @@ class _AtTheEnd(TrainerCallback):  # type: ignore[misc]
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._meter.leave()
-        self._search.run(self._meter.peak_bytes(), self._meter.reserved_peak_bytes, self._step)
+        low, high = self._meter.peak_bytes(), self._meter.reserved_peak_bytes
+        self._search.run(low, high, self._step, between=empty_cache)
 
     def _step(self) -> None:
         trainer = self._trainer
@@ -95,6 +108,14 @@ class _AtTheEnd(TrainerCallback):  # type: ignore[misc]
         finally:
             trainer.model.zero_grad()
             trainer.take_step()
+
+
+def empty_cache() -> None:
+    """Give back segments that are wholly free. cuBLAS keeps its workspaces, unlike in `release`."""
+    import torch
+
+    gc.collect()
+    torch.cuda.empty_cache()
 
 
 def set_cap(n: int | None) -> None:

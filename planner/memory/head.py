@@ -54,18 +54,22 @@ def head_cost(end: Ending, p: Pass, fused: bool) -> HeadCost:
     """Replay final norm, projection and loss, forward and backward."""
     tape = Tape()
     x = tape.new(p.tokens * end.hidden * p.stream, needs_grad=True, width=p.stream)
-    y = norm(tape, p, x, end.norm, p.tokens) if end.norm else tape.hold(x)
-    tape.free(x)
-    if fused:
-        loss = _liger_loss(tape, p, y, end) if p.liger else _chunked_loss(tape, p, y, end)
-    else:
-        loss = _full_loss(tape, p, y, end)
+    loss = loss_of(tape, p, x, end, fused)
     forward_peak, saved = tape.peak, tape.live
     tape.mark()
     loss.grad = tape.new(512)
     tape.backward(loss)
     gradients = tape.live - (x.grad.bytes if x.grad is not None else 0) - loss.bytes
     return HeadCost(forward_peak, tape.peak, max(0, gradients), saved)
+
+
+def loss_of(tape: Tape, p: Pass, x: Tensor, end: Ending, fused: bool) -> Tensor:
+    """Final norm, projection and loss of the last hidden state, which is freed."""
+    y = norm(tape, p, x, end.norm, p.tokens) if end.norm else tape.hold(x)
+    tape.free(x)
+    if not fused:
+        return _full_loss(tape, p, y, end)
+    return _liger_loss(tape, p, y, end) if p.liger else _chunked_loss(tape, p, y, end)
 
 
 def _full_loss(tape: Tape, p: Pass, y: Tensor, end: Ending) -> Tensor:

@@ -187,6 +187,7 @@ def remember(tape: Tape, p: Pass, spec: Attention, k: Tensor, v: Tensor) -> tupl
         if spec.window is not None and p.seq > spec.window:
             return k, v, False
         tape.free(k, v)
+        tape.settle(k, v)
         return _elsewhere(k), _elsewhere(v), False
     if p.cache == "quantized" and packs(spec) and not p.past:
         if p.seq < RECENT_TOKENS:

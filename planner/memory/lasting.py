@@ -85,6 +85,11 @@ def _unasked(arch: Architecture, work: Workload, p: Pass, width: int) -> int:
 
 @lru_cache(maxsize=1024)
 def _unasked_in_order(arch: Architecture, adapters: tuple[int, str, bool] | None, width: int) -> int:
+    return lasting_unasked([size * width for size in _in_order(arch, adapters)])
+
+
+@lru_cache(maxsize=1024)
+def _in_order(arch: Architecture, adapters: tuple[int, str, bool] | None) -> tuple[int, ...]:
     if adapters is None:
         layers = [layer_tensors(layer) for layer in arch.kinds]
         sizes = [item.elements for item in arch.embeddings if not item.buffer]
@@ -96,7 +101,13 @@ def _unasked_in_order(arch: Architecture, adapters: tuple[int, str, bool] | None
     sizes += [size for kind in arch.order for size in layers[kind]]
     if adapters is None and arch.head is not None:
         sizes.append(arch.head.parameters)
-    return lasting_unasked([size * width for size in sizes])
+    return tuple(sizes)
+
+
+def trained_in_order(arch: Architecture, work: Workload, p: Pass) -> tuple[int, ...]:
+    """Elements of the trained tensors as the optimizer meets them, without those of towers and norms outside
+    layers."""
+    return _in_order(arch, None if p.full else (work.lora_rank, work.lora_targets, p.fused_experts))
 
 
 def trained_tensors(arch: Architecture, work: Workload, p: Pass) -> tuple[Counts, tuple[int, ...], int]:

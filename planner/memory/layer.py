@@ -50,7 +50,7 @@ def layer_cost(layer: Layer, p: Pass, hidden: int, first: bool = False) -> Layer
     n = rounded(p.tokens * hidden * p.stream)
     plain = Tape(recording=False)
     x = Tensor(n, needs_grad=p.train, width=p.stream)
-    out = _forward(plain, p, x, layer)
+    out = run_layer(plain, p, x, layer)
     forward_peak, output, width = plain.peak, out.bytes, out.width
     leaked = _pinned(plain, x)
     if not p.train:
@@ -58,7 +58,7 @@ def layer_cost(layer: Layer, p: Pass, hidden: int, first: bool = False) -> Layer
 
     tape = Tape()
     x = Tensor(n, needs_grad=not first, width=p.stream)
-    out = _forward(tape, p, x, layer)
+    out = run_layer(tape, p, x, layer)
     record_peak = tape.peak
     # autocast's copies of adapter weights lose their name when the pass ends; saved ones stay
     tape.leave_autocast()
@@ -146,7 +146,7 @@ def _recompute_peak(layer: Layer, p: Pass, n: int, output: int, saving_ops: int)
     tape = Tape(stop_after=saving_ops)
     x = Tensor(n, needs_grad=True, width=p.stream)
     grad = tape.new(output)
-    out = _forward(tape, p, x, layer)
+    out = run_layer(tape, p, x, layer)
     forward = tape.peak
     tape.free(out)
     tape.leave_autocast()
@@ -157,7 +157,8 @@ def _recompute_peak(layer: Layer, p: Pass, n: int, output: int, saving_ops: int)
     return max(forward + waiting, tape.peak)
 
 
-def _forward(tape: Tape, p: Pass, x: Tensor, layer: Layer) -> Tensor:
+def run_layer(tape: Tape, p: Pass, x: Tensor, layer: Layer) -> Tensor:
+    """A decoder layer's pass over `x` of T x D, which stays. Returns what the next layer is handed."""
     out = (_parallel if layer.residual == "parallel" else _sequential)(tape, p, x, layer)
     tape.free(*tape.named)
     tape.named.clear()

@@ -11,7 +11,10 @@ from planner.memory.tape import ALIGNMENT
 from profiles.schema import Architecture, Layer, Linear
 
 WATCHED = 96
-"""Quantized matrices that are followed; what the later half of them leaves over goes for the rest."""
+"""Quantized matrices that are followed for what is handed out unasked; what the later half of them leaves
+over goes for the rest."""
+FOLLOWED = 300
+"""Quantized matrices that are followed for holes; those of the others are like theirs."""
 
 
 class Loaded(NamedTuple):
@@ -31,6 +34,29 @@ def unasked_bytes(arch: Architecture, quant: str, width: int) -> int:
     """
     if quant == "none":
         return 0
+    segments, matrices, every = _begun(arch, quant, width)
+    return _followed(segments, matrices, quant, every) if every else 0
+
+
+@lru_cache(maxsize=1024)
+def load_holes(arch: Architecture, quant: str, width: int) -> tuple[int, ...]:
+    """Free blocks of more than 1 MiB that loading leaves in segments with weights."""
+    if quant == "none":
+        return ()
+    segments, matrices, every = _begun(arch, quant, width)
+    seen = 0
+    for item in matrices:
+        _load(segments, item, quant)
+        seen += item.quantized
+        if seen == FOLLOWED < every:
+            # the largest is what was reserved at first for the matrices still to come
+            return tuple(segments.holes()[:-1] * round(every / seen))
+    return tuple(segments.holes())
+
+
+def _begun(arch: Architecture, quant: str, width: int) -> tuple[Segments, Iterator[Loaded], int]:
+    """The block that transformers reserves first, with embeddings and head in it; the layers' matrices that
+    follow, and how many of them are quantized."""
     layers = [_matrices(layer, width) for layer in arch.kinds]
     packed = 0.5 if quant == "nf4" else 1.0
     first = [Loaded(arch.head.parameters, width)] if arch.head else []
@@ -41,25 +67,26 @@ def unasked_bytes(arch: Architecture, quant: str, width: int) -> int:
     for item in first:
         segments.request(item.elements * item.width)
     every = sum(sum(x.quantized for x in layers[kind]) for kind in arch.order)
-    if not every:
-        return 0
-    return _followed(segments, (x for kind in arch.order for x in layers[kind]), quant, every)
+    return segments, (x for kind in arch.order for x in layers[kind]), every
+
+
+def _load(segments: Segments, item: Loaded, quant: str) -> None:
+    if not item.quantized:
+        segments.request(item.elements * item.width)
+    elif quant == "nf4":
+        _pack_4bit(segments, item)
+    else:
+        _pack_8bit(segments, item)
 
 
 def _followed(segments: Segments, matrices: Iterator[Loaded], quant: str, every: int) -> int:
     seen = halfway = 0
     for item in matrices:
-        if not item.quantized:
-            segments.request(item.elements * item.width)
-            continue
-        if quant == "nf4":
-            _pack_4bit(segments, item)
-        else:
-            _pack_8bit(segments, item)
-        seen += 1
-        if seen == WATCHED // 2:
+        _load(segments, item, quant)
+        seen += item.quantized
+        if item.quantized and seen == WATCHED // 2:
             halfway = segments.unasked
-        elif seen == WATCHED:
+        elif item.quantized and seen == WATCHED:
             more = (segments.unasked - halfway) * (every - seen) // (seen - WATCHED // 2)
             return segments.unasked + more // ALIGNMENT * ALIGNMENT
     return segments.unasked

@@ -117,6 +117,22 @@ def _factored_step(size: int, width: int, repeated: bool) -> int:
     return copies * rounded(size * 4)
 
 
+def state_tensors(kind: Optimizer, size: int, width: int, embedding: bool) -> list[int]:
+    """Bytes of each large state tensor that the first step makes on the card for one parameter."""
+    if kind.factored or not kind.states:
+        return []
+    return [_one(kind, size, width, embedding)[0] // kind.states] * kind.states
+
+
+def step_temporaries(kind: Optimizer, sizes: Iterable[int], width: int) -> list[list[int]]:
+    """Blocks that a step holds at once and frees, list by list."""
+    sizes = list(sizes)
+    lists = [[rounded(size * width) for size in sizes] for _ in range(kind.lists)]
+    if kind.factored and sizes:
+        lists.append([rounded(4 * max(sizes))] * (3 if width == 4 else 5))
+    return lists
+
+
 def _one(kind: Optimizer, size: int, width: int, embedding: bool) -> tuple[int, int]:
     if kind.factored:
         side = int(size**0.5)

@@ -14,6 +14,7 @@ import msgspec
 from msgspec import Struct
 
 from planner.memory.moments import CardMemory, Snapshot
+from planner.memory.steady import Holes
 from planner.types import Strategy, Workload
 from planner.units import MIB
 from profiles.data import read_table
@@ -84,10 +85,65 @@ def process_ram(on_card: bool) -> int:
     return int(_facts()["process_ram"]["cuda_bytes" if on_card else "cpu_bytes"])
 
 
-def slack(card: CardMemory, arch: Architecture, work: Workload, how: Strategy) -> Slack:
+class Residual(Struct, frozen=True):
+    """What measured caps need beside the played run."""
+
+    typical: float
+    """Median, as a share of the allocated peak."""
+    high: float
+    """95th percentile, as a share of the allocated peak"""
+    of_holes: float = 0.2
+    """and of the holes: where they are large, chance has a larger part in them."""
+    sure: float = 0.4
+    """5th percentile, as a share of the holes."""
+
+
+_RESIDUALS = {
+    "adapters": Residual(0.006, 0.028),
+    "adapters, no checkpointing": Residual(0.004, 0.021),
+    "full": Residual(0.0, 0.022, 0.0, 0.6),
+    "generation": Residual(0.002, 0.024),
+    "generation, eager": Residual(0.01, 0.06, 0.4),
+}
+"""Caps of the half `fit` of the accuracy grid (53 generations; 60 training cells, whose workspaces had been
+cleared, against a run played alike) and, for training, the brackets of benchmarks/calibration. What a played
+run lacks are blocks of 1 MiB and less, and the chance in where large ones settle."""
+_APART = 0.5
+"""Of the difference between the played run's allocated peak and the estimate's, left open above."""
+
+
+def slack(
+    card: CardMemory, arch: Architecture, work: Workload, how: Strategy, holes: Holes | None = None
+) -> Slack:
     """Fragmentation: what the smallest working cap adds to the allocated peak.
 
-    Modelled on the brackets of 52 runs (smallest of nine caps that worked, benchmarks/calibration). What
+    `holes`: of the run as it was played on the allocator; without them, shares of the peak and of its largest
+    block, as for runs whose layers come and go.
+    """
+    if holes is None:
+        return _shares(card, arch, work, how)
+    peak = card.peak.bytes
+    share = _RESIDUALS[_regime(work, how)]
+    # liger's Triton kernels are compiled and loaded while the run goes on, beside the allocator
+    loaded = 100 * MIB if how.kernels == "liger" and work.task == "train" else 0
+    apart = abs(holes.peak_share - 1)
+    typical = holes.bytes + int(share.typical * peak) + loaded
+    high = int((1 + share.of_holes) * holes.bytes + (share.high + _APART * apart) * peak) + loaded
+    return Slack(
+        int(share.sure * holes.bytes), typical, high, "what the step leaves free in segments that are in use"
+    )
+
+
+def _regime(work: Workload, how: Strategy) -> str:
+    if work.task == "infer":
+        return "generation, eager" if how.attention == "eager" else "generation"
+    if work.method == "full":
+        return "full"
+    return "adapters" if how.gradient_checkpointing else "adapters, no checkpointing"
+
+
+def _shares(card: CardMemory, arch: Architecture, work: Workload, how: Strategy) -> Slack:
+    """Modelled on the brackets of 52 runs (smallest of nine caps that worked, benchmarks/calibration). What
     makes holes is a large block asked for again when smaller lasting ones have settled in its place:
     optimizer states created after the first step's logits, a tied embedding's gradients, the
     feed-forward's activations of a long prefill. `typical` leans to the upper end of the brackets: a cap

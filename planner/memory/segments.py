@@ -86,6 +86,14 @@ class Segments:
                 block.after.before = block
         self._put(block)
 
+    def holes(self) -> list[int]:
+        """Bytes of free blocks in segments that are in use."""
+        return [
+            size
+            for size, number in self._free
+            if self._blocks[number].before is not None or self._blocks[number].after is not None
+        ]
+
     def _put(self, block: Block) -> None:
         block.key = (block.size, next(self._number))
         self._blocks[block.key[1]] = block

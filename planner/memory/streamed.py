@@ -12,7 +12,7 @@ from itertools import accumulate
 from msgspec import Struct
 from msgspec.structs import replace
 
-from planner.identity import identity_cache
+from planner.identity import identities_cache, identity_cache
 from planner.memory.moments import CardMemory, line
 from planner.memory.stream import (
     GATHER_BYTES,
@@ -142,6 +142,18 @@ def _tables_away(parts: Parts, tiers: Tiers) -> list[int]:
 
 def streamed_memory(memory: CardMemory, parts: Parts, tiers: Tiers) -> CardMemory:
     """The same run on the card with everything else where `tiers` has it."""
+    known = _known_memory(memory, parts)
+    if tiers not in known:
+        known[tiers] = _streamed_memory(memory, parts, tiers)
+    return known[tiers]
+
+
+@identities_cache
+def _known_memory(memory: CardMemory, parts: Parts) -> dict[Tiers, CardMemory]:
+    return {}
+
+
+def _streamed_memory(memory: CardMemory, parts: Parts, tiers: Tiers) -> CardMemory:
     change = shift(memory, parts, tiers)
     if not change.left_bytes:
         return memory
@@ -197,6 +209,18 @@ def _split(sizes: tuple[int, ...], tiers: Tiers) -> tuple[tuple[int, ...], tuple
 
 def pinned_lines(parts: Parts, tiers: Tiers) -> tuple[MemoryLine, ...]:
     """Page-locked RAM of a run."""
+    known = _known_lines(parts)
+    if tiers not in known:
+        known[tiers] = _pinned_lines(parts, tiers)
+    return known[tiers]
+
+
+@identity_cache
+def _known_lines(parts: Parts) -> dict[Tiers, tuple[MemoryLine, ...]]:
+    return {}
+
+
+def _pinned_lines(parts: Parts, tiers: Tiers) -> tuple[MemoryLine, ...]:
     in_ram, on_disk = split(parts, tiers)
     buffers, largest = min(RING_BUFFERS, len(on_disk)), max(in_ram, default=0)
     tables = _tables_away(parts, tiers)

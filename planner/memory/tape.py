@@ -158,6 +158,9 @@ class Tape:
         tensor.refs += 1
         return tensor
 
+    def settle(self, *tensors: Tensor) -> None:
+        """What `tensors` hold goes where its bytes are counted elsewhere: a static cache takes it in."""
+
     def parameter(self, n: int, trainable: bool) -> Tensor:
         """A weight: its bytes are counted elsewhere, its gradient here."""
         tensor = Tensor(0, trainable, leaf=True)

@@ -265,7 +265,7 @@ def test_the_cap_of_training_is_searched_with_one_more_step_of_the_run(tmp_path,
     import torch
 
     from benchmarks.accuracy import bench as module
-    from benchmarks.accuracy.capped import Search, searching_at_the_end
+    from benchmarks.accuracy.capped import Search, empty_cache, searching_at_the_end
     from executor import train
     from executor.measure import MomentMeter
 
@@ -276,7 +276,8 @@ def test_the_cap_of_training_is_searched_with_one_more_step_of_the_run(tmp_path,
     fails = card(need)
 
     class Known(Search):
-        def run(self, low, high, work):
+        def run(self, low, high, work, between):
+            assert between is empty_cache, "workspaces stay, as in a run that goes on"
             (trainer,) = trainers
             adapter = next(m for name, m in trainer.model.named_modules() if name.endswith("lora_A.default"))
 
@@ -286,7 +287,7 @@ def test_the_cap_of_training_is_searched_with_one_more_step_of_the_run(tmp_path,
                 steps.append(int(trainer.optimizer.state[adapter.weight]["step"]))
 
             adapter.register_forward_hook(lambda *parts: seen.add(parts[-1].dtype))
-            super().run(GIB, int(1.3 * GIB), step)
+            super().run(GIB, int(1.3 * GIB), step, between)
             assert all(p.grad is None for p in trainer.model.parameters())
 
     trainers = []

@@ -1,7 +1,8 @@
 """What must hold of every estimate, whatever is asked.
 
-`allocated` is exact arithmetic, so its order is exact. What is required besides (allocator slack) is modelled
-by the moment that peaks; when another moment takes over, it may shrink a little: `SLACK` says how much.
+`allocated` is exact arithmetic, so its order is exact. What is required besides is what a run leaves in
+holes, played out on the allocator; where blocks settle otherwise, it may shrink a little: `SLACK` says how
+much.
 """
 
 from __future__ import annotations
@@ -97,7 +98,7 @@ jobs = st.one_of(training(), generation())
 def no_less(more: GpuEstimate, less: GpuEstimate) -> None:
     assert more.load_bytes >= less.load_bytes
     assert more.allocated_peak_bytes >= less.allocated_peak_bytes
-    assert more.low_bytes >= less.low_bytes
+    assert more.low_bytes >= SLACK * less.low_bytes
     assert more.process_bytes >= SLACK * less.process_bytes
     assert more.high_bytes >= SLACK * less.high_bytes
 

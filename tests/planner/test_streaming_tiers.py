@@ -11,7 +11,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from planner.estimate import estimate
-from planner.machine import machine_from_gpus
+from planner.machine import kind_of, machine_from_gpus
 from planner.memory.stream import RING_BUFFERS
 from planner.memory.streamed import Parts, ladders, parts_of, pinned_lines, split, streamed_memory, traffic
 from planner.memory.train import training_memory
@@ -19,6 +19,7 @@ from planner.memory.weights import weight_bytes
 from planner.placement import Tiers, one_device, tiers_of
 from planner.search import search
 from planner.speed import free_copies_tokens, predict_speed
+from planner.strategies import _legal_strategies, legal_strategies
 from planner.streaming import choose_residents, spread_over_disk
 from planner.survey import Question, smallest_streamed
 from planner.types import Estimate, Machine, Strategy, Workload
@@ -254,6 +255,7 @@ def test_reasons_say_where_layers_are_and_from_where_on_copies_are_free() -> Non
 
 def test_free_copies_begin_where_card_and_link_take_equally_long() -> None:
     name, how = "llama-3-70b", streams(loss="fused", optimizer="paged_adamw_8bit")
+    resident = Strategy(quant="nf4", loss="fused", optimizer=how.optimizer)
     here, arch = machine(16), known(name)
     found = chosen(name, 16, how, Workload(task="train", seq_len=1024))
     tokens = free_copies_tokens(arch, here, Workload(task="train", seq_len=64), how, found.placement)
@@ -264,7 +266,7 @@ def test_free_copies_begin_where_card_and_link_take_equally_long() -> None:
             predict_speed(arch, machine(141), work, each, where).train_tokens_per_s.typical
             for each, where in (
                 (how, found.placement),
-                (Strategy(quant="nf4", loss="fused"), one_device(0, arch)),
+                (resident, one_device(0, arch)),
             )
         ]
         assert (speeds[0] == speeds[1]) == free
@@ -279,3 +281,28 @@ def test_a_sweep_over_all_cards_is_quick() -> None:
         for each in machines:
             estimate(model, each, work, how)
         assert (time.process_time() - before) / len(machines) < 0.001
+
+
+@pytest.mark.parametrize("name", ["qwen2.5-7b", "llama-3-70b"])
+def test_a_sweep_over_all_cards_and_strategies_is_quick(name: str) -> None:
+    """About half a second on a quiet core; what a busy one takes is left open."""
+    model = load_model(name)
+    for work in (Workload(), Workload(task="train")):
+        before, ways = time.process_time(), 0
+        for card in all_gpus():
+            here = machine_from_gpus([(card, 1)], ram_bytes=64 * GIB, disk_bytes=1024 * GIB)
+            for how in legal_strategies(known(name), here, work)[0]:
+                estimate(model, here, work, how)
+                ways += 1
+        assert ways > 5000 and time.process_time() - before < 2.5
+
+
+@pytest.mark.parametrize("name", ["qwen2.5-7b", "gpt-oss-20b", "gemma-2-2b"])
+def test_a_kind_of_machine_holds_all_that_decides_what_is_legal(name: str) -> None:
+    for card in all_gpus():
+        here = machine_from_gpus([(card, 2)], ram_bytes=64 * GIB)
+        for work in (Workload(), Workload(task="train", method="full")):
+            found = [
+                _legal_strategies(known(name), each, work, (), "speed") for each in (here, kind_of(here))
+            ]
+            assert found[0] == found[1]
