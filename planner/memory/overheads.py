@@ -63,6 +63,8 @@ def context(card: GpuProfile, arch: Architecture, work: Workload, how: Strategy)
         base = measured["grouped_experts_bytes"]
     else:
         base = measured["int8_bytes" if how.quant == "int8" else "infer_bytes"]
+    if how.engine == "stream":
+        base += measured["stream_bytes"]
     here = card.compute_capability == measured["compute_capability"]
     scale = measured if here else facts["elsewhere"]
     typical = base if here else int(base * facts["elsewhere"]["factor"])
@@ -108,6 +110,14 @@ _RESIDUALS = {
 """Caps of the half `fit` of the accuracy grid (53 generations; 60 training cells, whose workspaces had been
 cleared, against a run played alike) and, for training, the brackets of benchmarks/calibration. What a played
 run lacks are blocks of 1 MiB and less, and the chance in where large ones settle."""
+_EXPANDABLE = {
+    "infer": ((0.005, 14 * MIB), (0.015, 32 * MIB)),
+    "train": ((0.012, 14 * MIB), (0.035, 32 * MIB)),
+}
+"""Engine stream is the executor's own, which has expandable segments: share of the peak and bytes, typical
+and high. Eight generations on an H200 reserved 0.57 to 0.98 % more than they allocated
+(benchmarks/streaming/results.jsonl); training, by the caps of resident runs with expandable
+segments, of which the middle half needs 0.5 to 2 % (benchmarks/accuracy/results.jsonl, `expandable`)."""
 _APART = 0.5
 """Of the difference between the played run's allocated peak and the estimate's, left open above."""
 
@@ -120,9 +130,12 @@ def slack(
     `holes`: of the run as it was played on the allocator; without them, shares of the peak and of its largest
     block, as for runs whose layers come and go.
     """
+    peak = card.peak.bytes
+    if how.engine == "stream":
+        room = _EXPANDABLE[work.task]
+        return Slack(0, *(int(share * peak) + n for share, n in room), "pages that are in use in part")
     if holes is None:
         return _shares(card, arch, work, how)
-    peak = card.peak.bytes
     share = _RESIDUALS[_regime(work, how)]
     # liger's Triton kernels are compiled and loaded while the run goes on, beside the allocator
     loaded = 100 * MIB if how.kernels == "liger" and work.task == "train" else 0

@@ -109,7 +109,9 @@ class Shift(Struct, frozen=True):
     slots: int
     slot_bytes: int
     load_peak_bytes: int
-    """Most that loading has on the card beside what stays."""
+    """Most that loading the layers has on the card beside what stays."""
+    tables_bytes: int
+    """What is on the card while the tables of V x D come, before any layer."""
 
 
 def shift(memory: CardMemory, parts: Parts, tiers: Tiers) -> Shift:
@@ -129,7 +131,8 @@ def shift(memory: CardMemory, parts: Parts, tiers: Tiers) -> Shift:
         away.left_bytes + sum(map(rounded, tables)),
         slots,
         slots * slot + books,
-        max(passing, slots * slot + books, *tables, memory.load_peak_bytes - memory.load_bytes),
+        max(passing, slots * slot + books, memory.load_peak_bytes - memory.load_bytes),
+        max(tables, default=0) + (0 if parts.tied or tiers.head_away else parts.head),
     )
 
 
@@ -181,7 +184,7 @@ def _streamed_memory(memory: CardMemory, parts: Parts, tiers: Tiers) -> CardMemo
     return replace(
         memory,
         load_bytes=stays + slots.bytes,
-        load_peak_bytes=stays + change.load_peak_bytes,
+        load_peak_bytes=max(stays + change.load_peak_bytes, change.tables_bytes),
         snapshots=tuple(replace(shot, lines=lines(shot.lines)) for shot in memory.snapshots),
     )
 
