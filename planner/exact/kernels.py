@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from planner.memory.forward import packed_rows
 from planner.memory.tape import rounded
 
 Kernel = Callable[..., int]
@@ -45,16 +46,18 @@ def _efficient_backward(args: Any, kwargs: Any, out: Any, card: Any) -> int:
     return rounded(4 * batch * heads * _up(rows, 64) * e) + rounded(4 * batch * heads * _up(rows, 64))
 
 
-CUSTOM_GEMM_ROWS = {9: 64, 10: 32}
+CUSTOM_GEMM_ROWS = {10: 32}
 """Rows up to which bitsandbytes multiplies packed 4-bit weights directly, by the card's major version
-(backends/cuda/ops.py, `_gemm_4bit_use_custom_cuda`, the widest of its tiers); elsewhere 256."""
+(backends/cuda/ops.py, `_gemm_4bit_use_custom_cuda`, the widest of its tiers); elsewhere 256. Its whole rule
+for H100 and H200 is in `planner.memory.forward`."""
 
 
 def _gemm_4bit(args: Any, kwargs: Any, out: Any, card: Any) -> int:
     """The dequantized weight and its float32 scales, for more rows than the custom kernel takes."""
     x, _, shape = args[0], args[1], args[2]
     rows = x.numel() // x.shape[-1]
-    if rows <= CUSTOM_GEMM_ROWS.get(card.major, 256):
+    most = CUSTOM_GEMM_ROWS.get(card.major, 256)
+    if rows <= (packed_rows(shape[1], shape[0], x.element_size()) if card.major == 9 else most):
         return 0
     elements = shape[0] * shape[1]
     nested = kwargs.get("absmax_8bit") is not None

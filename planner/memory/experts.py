@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from planner.memory.activations import activation
-from planner.memory.forward import CUSTOM_GEMM_TOKENS, Pass, multiply
+from planner.memory.forward import Pass, multiply, packed_rows
 from planner.memory.tape import Tape, Tensor
 from profiles.precisions import load_precisions, weight_bytes_per_parameter
 from profiles.schema import Experts
@@ -80,9 +80,10 @@ def _beside(p: Pass, spec: Experts, weights: int, outputs: int) -> tuple[int, in
     its weight, forward only where bitsandbytes multiplies so many rows by no packed one."""
     if not (p.packed_experts and spec.fused):
         return 0, 0
-    weight = weights // max(1, spec.count) * p.width
-    rows = -(-p.tokens * spec.per_token // max(1, spec.count))
-    return rows * outputs * p.width + (weight if rows > CUSTOM_GEMM_TOKENS else 0), weight
+    elements = weights // max(1, spec.count)
+    weight, rows = elements * p.width, -(-p.tokens * spec.per_token // max(1, spec.count))
+    unpacked = rows > packed_rows(elements // outputs, outputs, p.width)
+    return rows * outputs * p.width + (weight if unpacked else 0), weight
 
 
 def _activated(tape: Tape, p: Pass, gate: Tensor, up: Tensor, act: str) -> Tensor:

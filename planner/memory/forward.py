@@ -47,9 +47,8 @@ def _base(tape: Tape, p: Pass, x: Tensor, spec: Linear, t: int, outliers: float)
     y = tape.cast(x, p.width)
     if quant == "nf4":
         weight = spec.inputs * spec.outputs * p.width
-        # Passes of many tokens dequantize the whole weight for one matmul, forward and backward
-        # (bitsandbytes backends/cuda/ops.py: custom kernels only up to a few hundred rows).
-        workspace = weight if t > CUSTOM_GEMM_TOKENS else 0
+        # passes of more tokens dequantize the whole weight for one product, forward and backward
+        workspace = weight if t > packed_rows(spec.inputs, spec.outputs, p.width) else 0
         out = tape.op((y,), n, temp=workspace, back_temp=weight)
         tape.free(y)
         back = tape.cast(out, x.width)
@@ -64,10 +63,30 @@ def _base(tape: Tape, p: Pass, x: Tensor, spec: Linear, t: int, outliers: float)
     return out
 
 
-CUSTOM_GEMM_TOKENS = 256
-"""Rows up to which bitsandbytes multiplies packed 4-bit weights without a dequantized copy, order of
-magnitude: its heuristic depends on shape and card (bitsandbytes 0.50 backends/cuda/ops.py,
-`_gemm_4bit_use_custom_cuda`)."""
+MULTIPROCESSORS = 132
+"""Of the H100 and H200."""
+
+
+def packed_rows(inputs: int, outputs: int, width: int = 2) -> int:
+    """Rows up to which bitsandbytes multiplies a packed 4-bit weight without a dequantized copy.
+
+    Its rule for the H100 and H200 (bitsandbytes 0.50 backends/cuda/ops.py, `_gemm_4bit_use_custom_cuda`), by
+    how many blocks of 64 outputs a multiprocessor gets; of all cards these leave the packed kernel soonest,
+    so others may need one dequantized matrix less. Seen with 64 sequences of Llama-3-70B, whose decoding
+    takes the 448 MiB of a down projection (benchmarks/streaming/results.jsonl).
+    """
+    blocks, wave = -(-outputs // 64), MULTIPROCESSORS
+    if width == 4:
+        return 7
+    if inputs * outputs < 4 * 2**20:
+        if 2 * inputs < outputs:
+            return 512 if 3 * blocks < wave else 320
+        return 32 if 4 * blocks <= wave else 16 if 2 * blocks <= wave else 4
+    for waves, rows in ((3, 64), (2, 48), (1, 32)):
+        if blocks >= waves * wave:
+            return rows
+    tall = inputs >= outputs and 4 * blocks < 3 * wave
+    return 16 if 2 * blocks >= wave and not tall else 7
 
 
 def _int8(tape: Tape, p: Pass, x: Tensor, spec: Linear, t: int, outliers: float) -> Tensor:

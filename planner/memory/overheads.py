@@ -111,13 +111,14 @@ _RESIDUALS = {
 cleared, against a run played alike) and, for training, the brackets of benchmarks/calibration. What a played
 run lacks are blocks of 1 MiB and less, and the chance in where large ones settle."""
 _EXPANDABLE = {
-    "infer": ((0.005, 14 * MIB), (0.015, 32 * MIB)),
-    "train": ((0.012, 14 * MIB), (0.035, 32 * MIB)),
+    "infer": ((0.005, 14 * MIB), (0.015, 52 * MIB)),
+    "train": ((0.012, 14 * MIB), (0.035, 52 * MIB)),
 }
 """Engine stream is the executor's own, which has expandable segments: share of the peak and bytes, typical
 and high. Eight generations on an H200 reserved 0.57 to 0.98 % more than they allocated
 (benchmarks/streaming/results.jsonl); training, by the caps of resident runs with expandable
-segments, of which the middle half needs 0.5 to 2 % (benchmarks/accuracy/results.jsonl, `expandable`)."""
+segments, of which the middle half needs 0.5 to 2 % (benchmarks/accuracy/results.jsonl, `expandable`). A cap
+leaves a page of 20 MiB free (`executor.vram_cap`)."""
 _APART = 0.5
 """Of the difference between the played run's allocated peak and the estimate's, left open above."""
 
@@ -132,8 +133,8 @@ def slack(
     """
     peak = card.peak.bytes
     if how.engine == "stream":
-        room = _EXPANDABLE[work.task]
-        return Slack(0, *(int(share * peak) + n for share, n in room), "pages that are in use in part")
+        typical, high = (int(share * peak) + n for share, n in _EXPANDABLE[work.task])
+        return Slack(0, typical, high, "pages that are in use in part")
     if holes is None:
         return _shares(card, arch, work, how)
     share = _RESIDUALS[_regime(work, how)]
