@@ -112,7 +112,7 @@ def _show_size(job: PackJob, kept: int) -> None:
     if needed - kept > free:
         raise CannotWrite(
             f"{job.path} takes {format_bytes(needed)} and {job.path.parent} has {format_bytes(free)} free",
-            "free some space, or give -o on a larger disk",
+            "free some space, or pack to a larger disk: `executor pack -o FILE`",
         )
     have = f", {format_bytes(kept)} of it packed before" if kept else ""
     ui.say(f"packing {job.name} into {job.path}: {format_bytes(needed)}{have} ({format_bytes(free)} free)")
