@@ -35,9 +35,9 @@ def refuse_way_out(folder: Path) -> None:
     # the Hub's cache keeps one folder of contents for all revisions of a repository, and links into it
     allowed = [home, home.parents[1] / "blobs"] if home.parent.name == "snapshots" else [home]
     for path in _files(folder):
-        if path.is_symlink() and not any(path.resolve().is_relative_to(place) for place in allowed):
+        if path.is_symlink() and not any(_leads_into(path, place) for place in allowed):
             raise BadWeights(
-                f"{path} is a link to a file outside the model's folder",
+                f"{path} is a link to a file outside the model's folder, or to none",
                 "put the file itself there, or make the plan with the folder where the files are",
             )
         if not path.is_file() and not path.is_dir() and not path.is_symlink():
@@ -54,6 +54,13 @@ def refuse_way_out(folder: Path) -> None:
         module = name.rpartition("--")[2]
         if "/" in module or "\\" in module or ".." in module:
             raise BadWeights(f"{folder / 'config.json'} names code outside its folder: {name[:100]!r}")
+
+
+def _leads_into(link: Path, place: Path) -> bool:
+    try:
+        return link.resolve().is_relative_to(place) and link.exists()
+    except (OSError, RuntimeError):  # a circle of links: RuntimeError until Python 3.12, left as it is since
+        return False
 
 
 def _refuse_other_weights(folder: Path) -> None:

@@ -37,7 +37,14 @@ def writing_failed(error: BaseException, folder: Path, goes_on: bool) -> CannotW
         # a name elsewhere was to be read: a weight file that was taken away in the middle of the run
         verb = "write" if name is None or Path(name).absolute().is_relative_to(folder.absolute()) else "open"
         return CannotWrite(f"cannot {verb} {name or folder}: {reason}", f"mend that; {then}")
-    return CannotWrite(f"cannot write {name or folder}: {reason}{free}", f"free some space; {then}")
+    return CannotWrite(f"cannot write {name or folder}: {reason}{free}", f"{way_out(error)}; {then}")
+
+
+def way_out(error: BaseException) -> str:
+    """What would let a file grow: of a file that is as large as it may be, room on the disk is no help."""
+    if any(isinstance(e, OSError) and e.errno == errno.EFBIG for e in chain(error)):
+        return "lift the limit on the size of files (ulimit -f; 4 GiB on FAT), or write to another disk"
+    return "free some space"
 
 
 def chain(error: BaseException | None) -> Iterator[BaseException]:

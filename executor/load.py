@@ -173,7 +173,8 @@ def make_config(facts: dict[str, Any]) -> Any:
 def load_tokenizer(source: ModelSource, remote_code: bool = False) -> Any:
     """The tokenizer beside the weights, with a padding token.
 
-    Errors: `BadWeights` when the folder has none.
+    Errors: `BadWeights` when the folder has none, or one of special tokens only: where the vocabulary's file
+    is missing, transformers 5 makes an empty one without a word, and every prompt would be no text at all.
     """
     from transformers import AutoTokenizer
 
@@ -188,6 +189,11 @@ def load_tokenizer(source: ModelSource, remote_code: bool = False) -> Any:
             f"{source.folder} has no usable tokenizer: {_first_line(error)}",
             "put tokenizer.json beside the weights",
         ) from None
+    if tokenizer.vocab_size <= len(tokenizer.all_special_tokens):
+        raise BadWeights(
+            f"{source.folder} has no usable tokenizer: it knows nothing but special tokens",
+            "put tokenizer.json beside the weights",
+        )
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer

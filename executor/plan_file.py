@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from executor.errors import BadOption, BadPlan
+from planner.memory.optimizer import OPTIMIZERS
 from planner.options import MOST_SEQUENCES, MOST_TOKENS
 from planner.plan import read_plan
 from planner.types import Candidate, Plan
@@ -43,6 +44,9 @@ def _refuse_impossible(path: Path, plan: Plan) -> None:
             raise _impossible(path, f"{name} is {getattr(work, name)}")
     if not 0 <= work.lora_dropout < 1:
         raise _impossible(path, f"lora_dropout is {work.lora_dropout:g}")
+    for optimizer in (candidate.strategy.optimizer for candidate in plan.candidates):
+        if optimizer not in OPTIMIZERS:
+            raise _impossible(path, f"its optimizer is {optimizer[:60]!a}")
     ranks = [candidate.rank for candidate in plan.candidates]
     if ranks != list(range(1, len(ranks) + 1)):
         raise _impossible(path, f"its candidates are ranked {', '.join(map(str, ranks[:8]))}")

@@ -21,14 +21,6 @@ def make_report(
 ) -> RunReport:
     """The `fitwright.run/1` object of one run."""
     trained, generated, engine = outcome.trained, outcome.generated, outcome.engine
-    components: dict[str, int] = {}
-    if trained is not None:
-        components = dict(trained.components)
-    elif generated is not None and outcome.load_bytes is not None:
-        components = {"weights": outcome.load_bytes, "kv cache": generated.cache_bytes}
-    if outcome.load_bytes is None and outcome.host_base_bytes and outcome.host_peak_bytes:
-        base = outcome.host_base_bytes
-        components = {"process": base, "run": outcome.host_peak_bytes - base, **components}
     report = RunReport(
         task=plan.workload.task,
         status=status,
@@ -65,17 +57,35 @@ def make_report(
         resumed_from_step=trained.resumed_from_step if trained else 0,
         losses=tuple(trained.record.losses) if trained else (),
         evaluations=tuple(Evaluation(*entry) for entry in trained.record.evaluations) if trained else (),
-        components=components,
+        components=_components(outcome),
         environment={**outcome.environment, "load_seconds": round(outcome.load_seconds, 3)},
         notes=tuple(outcome.notes),
     )
-    if not _is_estimated(outcome.candidate, report):
-        planned = f"engine {outcome.candidate.strategy.engine}"
-        if planned == f"engine {report.engine}":
-            planned += f" with {outcome.candidate.estimate.placement.layers_on_gpu} resident layers"
-        note = f"no figure has a prediction: the plan's are for {planned}, and another way was asked for"
-        report = msgspec.structs.replace(report, notes=(*report.notes, note))
-    return msgspec.structs.replace(report, error=errors(outcome.candidate, report))
+    notes = (*report.notes, *_why_no_prediction(outcome.candidate, report))
+    return msgspec.structs.replace(report, notes=notes, error=errors(outcome.candidate, report))
+
+
+def _components(outcome: Outcome) -> dict[str, int]:
+    """Measured bytes by component: of the card where there is one, of the process elsewhere."""
+    components: dict[str, int] = {}
+    if outcome.trained is not None:
+        components = dict(outcome.trained.components)
+    elif outcome.generated is not None and outcome.load_bytes is not None:
+        components = {"weights": outcome.load_bytes, "kv cache": outcome.generated.cache_bytes}
+    if outcome.load_bytes is None and outcome.host_base_bytes and outcome.host_peak_bytes:
+        base = outcome.host_base_bytes
+        components = {"process": base, "run": outcome.host_peak_bytes - base, **components}
+    return components
+
+
+def _why_no_prediction(candidate: Candidate, report: RunReport) -> tuple[str, ...]:
+    """A note where another engine or residency ran than the estimate is about."""
+    if _is_estimated(candidate, report):
+        return ()
+    planned = f"engine {candidate.strategy.engine}"
+    if candidate.strategy.engine == report.engine:
+        planned += f" with {candidate.estimate.placement.layers_on_gpu} resident layers"
+    return (f"no figure has a prediction: the plan's are for {planned}, and another way was asked for",)
 
 
 def carried_out(planned: Workload, outcome: Outcome) -> Workload:

@@ -11,13 +11,16 @@ from executor.stopping import StopRequest
 if TYPE_CHECKING:
     import torch
 
+_LEAST_TEMPERATURE = 1e-6
+"""Below it logits over temperature come near the end of fp32, and nothing but the likeliest token is left."""
+
 
 def check_sampling(options: RunOptions) -> None:
     """Errors: `BadOption` for options that exclude each other."""
     if options.greedy and _asked(options):
         raise BadOption("--greedy leaves nothing to sample", "leave --temperature and --top-p away")
-    if options.temperature == 0:
-        raise BadOption("--temperature 0 is greedy decoding", "give --greedy")
+    if options.temperature is not None and options.temperature < _LEAST_TEMPERATURE:
+        raise BadOption(f"--temperature {options.temperature:g} is greedy decoding", "give --greedy")
     if options.top_p == 0:
         raise BadOption("--top-p 0 is greedy decoding", "give --greedy")
 

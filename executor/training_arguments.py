@@ -15,6 +15,10 @@ from planner.types import Strategy, Workload
 if TYPE_CHECKING:
     import torch
 
+_UNPAGED = {"paged_ademamix_32bit": "ademamix", "paged_ademamix_8bit": "ademamix_8bit"}
+"""What runs on the CPU: bitsandbytes' other paged optimizers leave paging out there by themselves, these
+ask for managed memory (optim/ademamix.py, `get_state_buffer`)."""
+
 
 def training_arguments(
     workload: Workload,
@@ -34,6 +38,8 @@ def training_arguments(
     name = OPTIMIZERS[strategy.optimizer].runs_as or strategy.optimizer
     if name != strategy.optimizer:
         notes.append(f"{strategy.optimizer} is {name} in transformers")
+    if not on_card:
+        name = _UNPAGED.get(name, name)
     arguments = TrainingArguments(
         output_dir=str(output),
         per_device_train_batch_size=workload.batch_size,

@@ -51,7 +51,8 @@ class VramCap:
     def tighten(self, managed_bytes: int = 0) -> None:
         """Measure the context again and lower the allocator's cap if it has grown.
 
-        Errors: `CannotHonour` when the context alone is larger than the cap or cannot be measured.
+        Errors: `CannotHonour` when the context and the page kept back leave nothing of the cap, or when the
+        context cannot be measured.
         """
         import torch
 

@@ -11,7 +11,7 @@ import math
 from collections.abc import Callable
 from typing import Any
 
-from planner.units import parse_size
+from planner.units import parse_reserve, parse_size
 
 MOST_TOKENS = 10**8
 """Longest sequence an estimate is made for: 100 times the longest context in the catalogue."""
@@ -89,7 +89,9 @@ def add_machine(parser: argparse.ArgumentParser, *, several: bool) -> None:
     group.add_argument(
         "--vram", metavar="SIZE", type=parse_size, help="memory of the card, like 24GiB; alone: memory only"
     )
-    group.add_argument("--reserve", metavar="SIZE", type=parse_size, help="card memory to leave free")
+    group.add_argument(
+        "--reserve", metavar="SIZE", type=parse_reserve, help="card memory to leave free; 0GiB: none"
+    )
     group.add_argument("--ram", metavar="SIZE", type=parse_size, help="host memory")
     group.add_argument("--disk", metavar="SIZE", type=parse_size, help="free disk space")
     group.add_argument("--machine", metavar="FILE", help="a machine saved by `planner inspect --json`")

@@ -35,6 +35,17 @@ def parse_size(text: str) -> int:
     return int(size)
 
 
+def parse_reserve(text: str) -> int:
+    """As `parse_size`; also none at all.
+
+    >>> parse_reserve("0GiB")
+    0
+    """
+    match = _SIZE.fullmatch(text.strip())
+    nothing = match is not None and match[2].upper() in _FACTORS and float(match[1]) == 0
+    return 0 if nothing else parse_size(text)
+
+
 def format_gib(n: int | None, digits: int = 2) -> str:
     """`9.22 GiB`; a dash when the number is not known."""
     return "—" if n is None else f"{n / GIB:.{digits}f} GiB"

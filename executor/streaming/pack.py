@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from executor import ui
-from executor.disk_errors import writing_failed
+from executor.disk_errors import way_out, writing_failed
 from executor.errors import CannotWrite
 from executor.load import load_model
 from executor.source import ModelSource
@@ -103,7 +103,7 @@ def _as_shown(error: Exception, job: PackJob, writer: SlabWriter) -> Exception:
     if failure is None:
         return error
     kept = f"{format_bytes(writer.whole_bytes)} are packed and kept: the same command goes on from there"
-    return CannotWrite(str(failure), f"free some space; {kept}")
+    return CannotWrite(str(failure), f"{way_out(error)}; {kept}")
 
 
 def _show_size(job: PackJob, kept: int) -> None:
@@ -112,7 +112,7 @@ def _show_size(job: PackJob, kept: int) -> None:
     if needed - kept > free:
         raise CannotWrite(
             f"{job.path} takes {format_bytes(needed)} and {job.path.parent} has {format_bytes(free)} free",
-            "free some space, or give -o on a larger disk",
+            "free some space, or pack to a larger disk: `executor pack -o FILE`",
         )
     have = f", {format_bytes(kept)} of it packed before" if kept else ""
     ui.say(f"packing {job.name} into {job.path}: {format_bytes(needed)}{have} ({format_bytes(free)} free)")

@@ -133,6 +133,9 @@ def test_values_reach_the_types() -> None:
         "--vram 0GiB",
         "--vram 1e400GiB",
         "--vram " + "9" * 400 + "GiB",
+        "--reserve 0",
+        "--reserve 0EiB",
+        "--reserve=-1GiB",
         "--ram infGiB",
         "--gpux",
         "--gpu",
@@ -154,6 +157,11 @@ def test_a_wrong_option_is_one_clear_error(argv: str) -> None:
         request.wishes(args)
     assert caught.value.exit_code == 2
     assert str(caught.value) and len(str(caught.value)) < 1000
+
+
+def test_a_card_without_a_display_may_reserve_nothing() -> None:
+    (card,) = request.machine(parsed("--reserve", "0GiB"), "rtx-3090").gpus
+    assert card.reserve_bytes == 0 and request.machine(parsed(), "rtx-3090").gpus[0].reserve_bytes > 0
 
 
 def test_the_error_names_the_option() -> None:

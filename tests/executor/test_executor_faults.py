@@ -112,6 +112,8 @@ BAD_MODELS: dict[str, tuple[Callable[[Path], Any], str]] = {
     "shard above": (shards(x="../m.safetensors"), "names a file outside its folder"),
     "linked weights": (link("model.safetensors"), "model.safetensors is a link to a file outside"),
     "linked tokenizer": (link("tokenizer.json"), "tokenizer.json is a link to a file outside"),
+    "link to itself": (lambda f: (f / "x").symlink_to(f / "x"), "x is a link to a file outside"),
+    "no vocabulary": (lambda f: (f / "tokenizer.json").unlink(), "has no usable tokenizer"),
     "linked config": (link("config.json"), "config.json is a link to a file outside"),
     "weights by config": (edit("config.json", transformers_weights="../x.safetensors"), "names its weights"),
     "vocabulary": (edit("tokenizer_config.json", vocab_file="/etc/passwd"), "'/etc/passwd'"),

@@ -87,6 +87,7 @@ def test_same_seed_same_samples_other_seed_others(tmp_path: Path, tiny: Path) ->
     [
         (("--greedy", "--top-p", "0.5"), "--greedy leaves nothing to sample"),
         (("--temperature", "0"), "--temperature 0 is greedy"),
+        (("--temperature", "1e-40"), "--temperature 1e-40 is greedy"),
         (("--top-p", "0"), "--top-p 0 is greedy"),
     ],
 )

@@ -56,6 +56,11 @@ def test_a_plan_with_an_impossible_job(
     assert not (tmp_path / "o").exists()
 
 
+def test_a_plan_with_an_optimizer_that_is_not_known(tmp_path: Path, model: Path, capsys: Any) -> None:
+    plan = make_plan(tmp_path / "p", model, INFER, strategy(optimizer="x"))
+    assert "its optimizer is 'x'" in refused(capsys, "run", plan, "--prompt", "x")
+
+
 @pytest.mark.parametrize("ranks", [(-3,), (1, 1), (2, 1)])
 def test_a_plan_whose_candidates_cannot_be_told_apart(
     tmp_path: Path, model: Path, ranks: tuple[int, ...], capsys: Any

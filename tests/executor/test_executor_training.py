@@ -314,6 +314,16 @@ def test_curves_can_be_read_back_and_go_on_after_a_kill(tmp_path: Path, small: P
     assert [p.step for p in curves.Scalars("eval/loss")] == [2, 4, 6]
 
 
+@pytest.mark.parametrize("bits", ["32bit", "8bit"])
+def test_an_optimizer_that_pages_everywhere_runs_unpaged_on_the_cpu(
+    tmp_path: Path, tiny: Path, bits: str
+) -> None:
+    """With weights large enough for bitsandbytes to ask for managed memory, which no CPU has."""
+    paged = plan_of(tmp_path, tiny, {"method": "full"}, {"optimizer": f"paged_ademamix_{bits}"})
+    report = run(paged, tiny, tmp_path / "o", "--max-steps", 1)
+    assert report["steps"] == 1 and any("ran unpaged" in note for note in report["notes"])
+
+
 def test_tensorboard_missing_is_one_line(tmp_path: Path, small: Path, monkeypatch: Any, capsys: Any) -> None:
     import importlib.util
 

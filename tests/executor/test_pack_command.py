@@ -187,6 +187,7 @@ def test_disk_full(whole: Path, model: Path, capsys: pytest.CaptureFixture[str])
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
     error, hint = error_and_hint(capsys)
     assert "cannot write" in error and "packed and kept" in hint and "goes on" in hint
+    assert "ulimit -f" in hint, "room on the disk would be no help"
     assert not (model / FILE).exists()
     assert goes_on(model, whole, capsys) > 4096
 

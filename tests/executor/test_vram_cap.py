@@ -1,0 +1,79 @@
+"""The allocator's cap under `--vram-cap`, with a made-up card."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+pytest.importorskip("torch")
+
+import torch
+
+from executor.errors import CannotHonour
+from executor.vram_cap import GRANULE, PAGE, VramCap
+from planner.units import GIB, MIB
+
+pytestmark = pytest.mark.executor
+DEVICE = torch.device("cuda", 0)
+TOTAL = 24 * GIB
+
+
+class Card:
+    """Tells the context of the process, which a test changes."""
+
+    def __init__(self, context: int | None = 500 * MIB) -> None:
+        self.context = context
+
+    def context_bytes(self) -> int | None:
+        """As `executor.card.Card` measures it."""
+        return self.context
+
+
+@pytest.fixture
+def asked(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """What torch's allocator is told, in bytes."""
+    shares: list[float] = []
+
+    def set_share(share: float, *_: Any) -> None:
+        shares.append(share * TOTAL)
+
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(total_memory=TOTAL))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda _: 0)
+    monkeypatch.setattr(torch.cuda, "set_per_process_memory_fraction", set_share)
+    return shares
+
+
+def test_context_a_page_and_what_is_reserved_stay_within_the_size(asked: list[float]) -> None:
+    """The allocator takes whole pages: it may hold a page more than it is allowed."""
+    card = Card()
+    cap = VramCap(8 * GIB, card, DEVICE)  # type: ignore[arg-type]
+    assert asked == [cap.allocator_bytes] and asked[0] + PAGE + card.context == 8 * GIB
+
+
+def test_the_cap_follows_a_context_that_grows_and_no_managed_memory(asked: list[float]) -> None:
+    card = Card()
+    cap = VramCap(8 * GIB, card, DEVICE)  # type: ignore[arg-type]
+    card.context = 900 * MIB
+    cap.tighten(managed_bytes=400 * MIB)
+    assert len(asked) == 1, "what has grown is managed memory"
+    cap.tighten()
+    assert asked[0] - asked[1] == 400 * MIB
+    card.context = 600 * MIB
+    cap.tighten()
+    assert len(asked) == 2, "a cap is not lifted again"
+
+
+@pytest.mark.parametrize(
+    ("size", "context", "says"),
+    [
+        (25 * GIB, 500 * MIB, "more than the card's 24 GiB"),
+        (500 * MIB + PAGE + GRANULE, 500 * MIB, "leaves nothing beside the context"),
+        (8 * GIB, None, "needs NVML"),
+    ],
+)
+def test_caps_that_cannot_be_kept(size: int, context: int | None, says: str, asked: list[float]) -> None:
+    with pytest.raises(CannotHonour, match=says):
+        VramCap(size, Card(context), DEVICE)  # type: ignore[arg-type]
+    assert asked == []
