@@ -90,6 +90,18 @@ def _text(value: str | bytes) -> str:
     return value.decode() if isinstance(value, bytes) else value
 
 
+def _allocator_settings() -> list[str]:
+    """What the user's environment tells torch's allocator."""
+    names = ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF")
+    return [os.environ[name] for name in names if name in os.environ]
+
+
+def expandable_segments() -> bool:
+    """Does the allocator grow its segments page by page: by our own setting, or by the user's?"""
+    given = _allocator_settings()
+    return not given or any("expandable_segments:true" in text.lower() for text in given)
+
+
 def _settle_libraries(train: bool) -> None:
     """Settings of torch that make the most of a card; the user's own environment wins.
 
@@ -101,7 +113,7 @@ def _settle_libraries(train: bool) -> None:
     """
     import torch
 
-    if not {"PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF"} & set(os.environ):
+    if not _allocator_settings():
         torch.cuda.memory._set_allocator_settings("expandable_segments:True")
     if not train:
         torch.backends.cuda.enable_cudnn_sdp(False)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from executor.card import expandable_segments
 from executor.errors import CannotHonour
 from planner.units import MIB, format_bytes
 
@@ -20,7 +21,6 @@ if TYPE_CHECKING:
 
 GRANULE = 2 * MIB
 """The driver hands out device memory in pieces of this size."""
-
 
 PAGE = 20 * MIB
 """Of an expandable segment (c10/cuda/CUDACachingAllocator.cpp, `kLargeBuffer`). Without it a run of 24 GiB
@@ -46,7 +46,7 @@ class VramCap:
     @property
     def allocator_bytes(self) -> int:
         """What the allocator may reserve now."""
-        return self.size_bytes - self._context - PAGE
+        return self.size_bytes - self._context - (PAGE if expandable_segments() else 0)
 
     def tighten(self, managed_bytes: int = 0) -> None:
         """Measure the context again and lower the allocator's cap if it has grown.

@@ -39,6 +39,8 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     def set_share(share: float, *_: Any) -> None:
         shares.append(share * TOTAL)
 
+    monkeypatch.delenv("PYTORCH_CUDA_ALLOC_CONF", raising=False)
+    monkeypatch.delenv("PYTORCH_ALLOC_CONF", raising=False)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(total_memory=TOTAL))
     monkeypatch.setattr(torch.cuda, "memory_reserved", lambda _: 0)
     monkeypatch.setattr(torch.cuda, "set_per_process_memory_fraction", set_share)
@@ -50,6 +52,19 @@ def test_context_a_page_and_what_is_reserved_stay_within_the_size(asked: list[fl
     card = Card()
     cap = VramCap(8 * GIB, card, DEVICE)  # type: ignore[arg-type]
     assert asked == [cap.allocator_bytes] and asked[0] + PAGE + card.context == 8 * GIB
+
+
+@pytest.mark.parametrize(
+    ("settings", "kept"), [("expandable_segments:False", 0), ("expandable_segments:True", PAGE)]
+)
+def test_without_expandable_segments_nothing_is_kept_back(
+    settings: str, kept: int, asked: list[float], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The default allocator holds what it takes against its cap, not what is asked for."""
+    monkeypatch.setenv("PYTORCH_CUDA_ALLOC_CONF", settings)
+    card = Card()
+    VramCap(8 * GIB, card, DEVICE)  # type: ignore[arg-type]
+    assert asked[0] + kept + card.context == 8 * GIB
 
 
 def test_the_cap_follows_a_context_that_grows_and_no_managed_memory(asked: list[float]) -> None:
