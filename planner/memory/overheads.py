@@ -52,23 +52,30 @@ def cublas_workspace(card: GpuProfile | None) -> int:
     return int(facts["by_major"].get(major, facts["default_bytes"]))
 
 
+def context_additions(work: Workload, how: Strategy) -> tuple[str, ...]:
+    """What a job loads into the context beside what its task loads, by the names in `overheads.json`: kernels
+    of LLM.int8; those of a cache that is written in place or on a stream of its own; engine stream's."""
+    apart = work.task == "infer" and how.cache in ("static", "offloaded")
+    asked = {
+        "int8_adds_bytes": how.quant == "int8",
+        "cache_adds_bytes": apart and how.engine != "stream",
+        "stream_adds_bytes": how.engine == "stream",
+    }
+    return tuple(name for name, adds in asked.items() if adds)
+
+
 def context(card: GpuProfile, arch: Architecture, work: Workload, how: Strategy) -> Context:
-    """CUDA context for a job: more kernels are loaded for training, int8 and grouped experts."""
+    """CUDA context for a job: more kernels are loaded for training, for int8 and for some caches."""
     facts = _facts()["context"]
     measured = facts["measured"]
-    routed = any(layer.feed_forward.experts is not None for layer in arch.kinds)
-    if work.task == "train":
-        base = measured["train_bytes"]
-    elif routed:
-        base = measured["grouped_experts_bytes"]
-    else:
-        base = measured["int8_bytes" if how.quant == "int8" else "infer_bytes"]
-    if how.engine == "stream":
-        base += measured["stream_bytes"]
+    base = measured[f"{work.task}_bytes"] + sum(measured[name] for name in context_additions(work, how))
     here = card.compute_capability == measured["compute_capability"]
     scale = measured if here else facts["elsewhere"]
     typical = base if here else int(base * facts["elsewhere"]["factor"])
-    return Context(int(base * scale["low_factor"]), typical, int(base * scale["high_factor"]), here)
+    high = base * scale["high_factor"]
+    if work.task == "infer" and any(layer.feed_forward.experts is not None for layer in arch.kinds):
+        high = max(high, measured["grouped_experts_high_bytes"])
+    return Context(int(base * scale["low_factor"]), typical, int(high), here)
 
 
 def sources() -> dict[str, str]:
