@@ -37,9 +37,9 @@ class Allocator:
     """Requests over 1 MiB of one run: what they book and reserve, now and at most.
 
     A block is one number, its bytes above its address, so that blocks sort as they are taken: the smallest
-    first, of one size the lowest. Segments lie one above the other in the order in which they were taken, with
-    a byte in between: blocks that touch are of one segment. `thrifty`: segments that are wholly free go back
-    before a new one is taken, as under the tightest cap that works.
+    first, of one size the lowest. Segments lie one above the other in the order in which they were taken,
+    with a byte in between: blocks that touch are of one segment. `thrifty`: segments that are wholly free go
+    back before a new one is taken, as under the tightest cap that works.
     """
 
     __slots__ = (

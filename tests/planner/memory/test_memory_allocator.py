@@ -108,7 +108,7 @@ def test_bytes_add_up(sequence: list[tuple[int, int]], thrifty: bool) -> None:
 
 @given(events())
 def test_neighbours_never_overlap(sequence: list[tuple[int, int]]) -> None:
-    found, places = played(sequence)
+    _, places = played(sequence)
     blocks = [block for block in places if block != NOWHERE]
     stretches = sorted((address_of(block), address_of(block) + size_of(block)) for block in blocks)
     assert all(before[1] <= after[0] for before, after in pairwise(stretches))
