@@ -85,6 +85,17 @@ class Allocator:
         if block != NOWHERE:
             self.play(((0, 0),), [block])
 
+    def keep(self, sizes: Iterable[int]) -> list[int]:
+        """Blocks for requests of so many bytes in their order, small ones left out."""
+        large = [rounded(n) for n in sizes if n > UNSPLIT]
+        places = [NOWHERE] * len(large)
+        self.play(enumerate(large), places)
+        return places
+
+    def give_all(self, blocks: list[int]) -> None:
+        """Free blocks in their order."""
+        self.play([(place, 0) for place in range(len(blocks))], blocks)
+
     def hole(self, n: int) -> None:
         """`n` bytes are free between blocks that stay."""
         if n > UNSPLIT:

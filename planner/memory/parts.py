@@ -15,7 +15,7 @@ from msgspec import Struct
 from msgspec.structs import replace
 
 from planner.memory.head import Ending, loss_of
-from planner.memory.layer import run_layer
+from planner.memory.layer import layer_cost, run_layer
 from planner.memory.shapes import Pass
 from planner.memory.tape import UNSPLIT, Tape, Tensor, booked, rounded
 from profiles.schema import Layer
@@ -169,6 +169,7 @@ def layer_parts(
 
     `first`: the layer's input needs no gradient.
     """
+    saving_ops = layer_cost(layer, p, hidden).saving_ops if checkpointing else 0
     p = replace(p, hidden=hidden)
     n, places = rounded(p.tokens * hidden * p.stream), Places()
     tape = EventTape(recording=not checkpointing)
@@ -179,9 +180,7 @@ def layer_parts(
         tape.leave_autocast()
     forward = places.part(tape.events, x, out, tape.pinned, copies, checkpointing or x.refs > 1)
     if checkpointing:
-        counting = Tape()
-        run_layer(counting, p, Tensor(n, needs_grad=True, width=p.stream), layer)
-        tape, x, places = EventTape(stop_after=counting.saving_ops), Tensor(n, True, width=p.stream), Places()
+        tape, x, places = EventTape(stop_after=saving_ops), Tensor(n, True, width=p.stream), Places()
         out = run_layer(tape, p, x, layer)
         tape.leave_autocast()
     else:
