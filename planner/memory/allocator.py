@@ -21,6 +21,8 @@ NOWHERE = -1
 """No block."""
 _BITS = 64
 _ADDRESS = (1 << _BITS) - 1
+_TOP = 1 << 62
+"""Above every address that is counted upwards."""
 
 
 def size_of(block: int) -> int:
@@ -39,7 +41,8 @@ class Allocator:
     A block is one number, its bytes above its address, so that blocks sort as they are taken: the smallest
     first, of one size the lowest. Segments lie one above the other in the order in which they were taken,
     with a byte in between: blocks that touch are of one segment. `thrifty`: segments that are wholly free go
-    back before a new one is taken, as under the tightest cap that works.
+    back before a new one is taken, as under the tightest cap that works. `downwards`: each segment lies below
+    the one before, as the driver mostly hands out addresses.
     """
 
     __slots__ = (
@@ -51,15 +54,16 @@ class Allocator:
         "_whole",
         "allocated",
         "allocated_peak",
+        "downwards",
         "reserved",
         "reserved_peak",
         "thrifty",
     )
 
-    def __init__(self, reserved: int = 0) -> None:
+    def __init__(self, reserved: int = 0, downwards: bool = False) -> None:
         """`reserved`: bytes of a block that is there, free, from the beginning."""
         self.allocated = self.reserved = self.allocated_peak = self.reserved_peak = 0
-        self.thrifty = False
+        self.thrifty, self.downwards = False, downwards
         self._end = 0
         self._ready: list[int] = []
         """Free blocks, sorted; the same by where they begin and by where they end:"""
@@ -189,6 +193,8 @@ class Allocator:
         if self.reserved > self.reserved_peak:
             self.reserved_peak = self.reserved
         start, self._end = self._end, self._end + size + 1
+        if self.downwards:
+            start = _TOP - self._end
         self._segments[start] = size
         return size << _BITS | start
 

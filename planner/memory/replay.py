@@ -78,7 +78,7 @@ class TrainingRun:
         self._whole_from, self._back_from = (front, count - end), count - back
         self._spaces = [NOWHERE, NOWHERE]
         self._gradients: list[int] = []
-        self.allocator = Allocator()
+        self.allocator = Allocator(downwards=True)
         for n in load_holes(arch, how.quant, WIDTH[how.dtype]):
             self.allocator.hole(n)
         if not p.full:
