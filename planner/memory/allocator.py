@@ -58,12 +58,15 @@ class Allocator:
         "reserved",
         "reserved_peak",
         "thrifty",
+        "wasteful",
     )
 
     def __init__(self, reserved: int = 0, downwards: bool = False) -> None:
         """`reserved`: bytes of a block that is there, free, from the beginning."""
         self.allocated = self.reserved = self.allocated_peak = self.reserved_peak = 0
         self.thrifty, self.downwards = False, downwards
+        self.wasteful = False
+        """Was a segment taken while another was wholly free? Without, a thrifty run goes the same way."""
         self._end = 0
         self._ready: list[int] = []
         """Free blocks, sorted; the same by where they begin and by where they end:"""
@@ -188,6 +191,8 @@ class Allocator:
         """A new segment for a request of `n` bytes."""
         if self.thrifty and self._whole:
             self.empty_cache()
+        elif not self.wasteful and self._whole:
+            self.wasteful = bool(self._whole_segments())
         size = SHARED if n < LARGE else -(-n // SEGMENT) * SEGMENT
         self.reserved += size
         if self.reserved > self.reserved_peak:
