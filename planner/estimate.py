@@ -244,10 +244,11 @@ def _card(
     required = max(memory.load_peak_bytes, allocated + room.typical)
     budget_bytes, basis = budget(gpu)
     uncertain = _uncertain(gpu, around.measured, holes is not None)
-    low = int(max(memory.load_bytes, allocated * (1 - uncertain) + room.low)) + around.low
+    below = required - max(memory.load_bytes, allocated * (1 - uncertain) + room.low)
     above = max(memory.load_peak_bytes, allocated * (1 + uncertain) + room.high) - required
-    more = around.high - around.typical
-    # what the allocator and the context may need beyond the typical is independent of each other
+    less, more = around.typical - around.low, around.high - around.typical
+    # what the allocator and the context may differ by from the typical is independent of each other
+    low = required + around.typical - int(math.hypot(max(0, below), less) if holes else below + less)
     high = required + around.typical + int(math.hypot(max(0, above), more) if holes else above + more)
     return GpuEstimate(
         index=gpu.index,
