@@ -154,7 +154,8 @@ def slack(
     peak = card.peak.bytes
     if how.engine == "stream":
         room = _EXPANDABLE[work.task]
-        return Slack(0, *(int(share * peak) + n for share, n in room), "pages that are in use in part")
+        typical, high = (int(share * peak) + n for share, n in room)
+        return Slack(0, typical, high, "pages that are in use in part")
     if holes is None:
         return _shares(card, arch, work, how)
     share, beside = _RESIDUALS[_regime(work, how)], peak - card.load_bytes

@@ -119,3 +119,12 @@ def test_nothing_small_becomes_a_hole(n: int) -> None:
     allocator = Allocator()
     allocator.hole(n)
     assert allocator.reserved == 0
+
+
+def test_of_blocks_of_one_size_the_lowest_is_taken_wherever_the_segments_lie():
+    for downwards, first in ((False, 0), (True, 1)):
+        allocator = Allocator(downwards=downwards)
+        blocks = [allocator.request(64 * MIB) for _ in range(2)]
+        for block in blocks:
+            allocator.give(block)
+        assert allocator.request(64 * MIB) == blocks[first]
