@@ -132,6 +132,29 @@ def estimate(
     )
 
 
+class Floor(Struct, frozen=True):
+    """What the estimate of a job does not fall below."""
+
+    low_bytes: int
+    process_bytes: int
+
+
+def floor(model: ModelProfile, machine: Machine, workload: Workload, strategy: Strategy) -> Floor | None:
+    """Bounds of `GpuEstimate.low_bytes` and `process_bytes` that need no played run: an allocator without
+    holes. For jobs that one card holds entirely; None for others."""
+    if len(machine.gpus) != 1 or strategy.placement != "full_gpu" or strategy.engine != "resident":
+        return None
+    arch, gpu, work = architecture_of(model), machine.gpus[0], normal(workload)
+    how = normal_strategy(as_it_runs(strategy, arch.model_type, CALIBRATED_STACK), work)
+    memory, around = _memory(arch, work, how, gpu), context(gpu.profile, arch, work, how)
+    allocated = memory.peak.bytes
+    surely = int(allocated * (1 - _uncertain(gpu, around.measured, played=False)))
+    return Floor(
+        max(memory.load_bytes, surely) + around.low,
+        max(memory.load_peak_bytes, allocated) + around.typical,
+    )
+
+
 # --------------------------------------------------------------------------- inputs
 
 

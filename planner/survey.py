@@ -15,7 +15,7 @@ from msgspec import Struct, field
 from msgspec.structs import replace
 
 from planner.errors import BadOption
-from planner.estimate import estimate
+from planner.estimate import estimate, floor
 from planner.limits import limits
 from planner.machine import budget, machine_from_gpus
 from planner.rank import Field
@@ -347,8 +347,8 @@ def _least_bytes(question: Question, work: Workload, pinned: dict[str, Any]) -> 
         ways, _ = legal_strategies(question.arch, _ANY_CARD, work, {**pinned, "placement": "full_gpu"})
     except BadOption:
         return None
-    estimates = [estimate(question.model, _ANY_CARD, work, how) for how in ways]
-    return int(_LIGHTEST_CARD * min(each.gpus[0].high_bytes for each in estimates))
+    least = (floor(question.model, _ANY_CARD, work, how) for how in ways)
+    return int(_LIGHTEST_CARD * min(each.process_bytes for each in least if each is not None))
 
 
 def _worth_buying(card: GpuProfile) -> bool:
