@@ -56,20 +56,22 @@ class TrainingRun:
         self._input = rounded(p.tokens * arch.hidden_size * p.stream)
         self._layers: list[tuple[Part, Part]] = []
         checkpointing, width = how.gradient_checkpointing, p.stream
+        known: dict[tuple[int, int, bool], tuple[Part, Part, int]] = {}
         for index, kind in enumerate(arch.order):
             first = index == 0 and not p.full and not checkpointing
-            shape = replace(p, stream=width) if width != p.stream else p
-            forward, backward, width = layer_parts(
-                arch.kinds[kind], shape, arch.hidden_size, checkpointing, first
-            )
+            key = kind, width, first
+            if key not in known:
+                shape = replace(p, stream=width)
+                known[key] = layer_parts(arch.kinds[kind], shape, arch.hidden_size, checkpointing, first)
+            forward, backward, width = known[key]
             self._layers.append((forward, backward))
         fused = how.loss == "fused" or how.kernels == "liger"
         self._head = head_parts(ending(arch), replace(p, stream=width), fused, workspace)
         _, self._embeddings, self._width = trained_tensors(arch, work, p)
         self._sizes = trained_in_order(arch, work, p)
         self._tied, self._again = arch.head is None, work.gradient_accumulation_steps > 1
-        known = {size: self._large_states(size) for size in set(self._sizes)}
-        self._states = [n for size in self._sizes for n in known[size]]
+        states = {size: self._large_states(size) for size in set(self._sizes)}
+        self._states = [n for size in self._sizes for n in states[size]]
         left = any(backward.left for _, backward in self._layers)
         self._lasting = p.full or left or bool(self._states)
         """Does the first step leave anything after its workspaces?"""

@@ -83,14 +83,16 @@ class _Generation:
         """The last hidden state and each layer's cache."""
         x, seen = embedded, set()
         caches: list[list[int]] = []
-        count = self._arch.layers
-        for index, kind in enumerate(self._arch.order):
-            part = prompt_part(self._arch.kinds[kind], self._p, self._arch.hidden_size, static)
-            state = part, x, self.allocator.state
-            if not part.left and state in seen:  # it would go as it went before, and leave nothing
-                caches.append([])
-                continue
-            seen.add(state)
+        arch, count = self._arch, self._arch.layers
+        parts = {i: prompt_part(arch.kinds[i], self._p, arch.hidden_size, static) for i in set(arch.order)}
+        for index, kind in enumerate(arch.order):
+            part = parts[kind]
+            if not part.left:
+                state = kind, x, self.allocator.state
+                if state in seen:  # it would go as it went before, and leave nothing
+                    caches.append([])
+                    continue
+                seen.add(state)
             places = self._through(part, x, not DEEP <= index < count - 1)
             if x != embedded:
                 self.allocator.give(x)
