@@ -19,6 +19,8 @@ SHARED = 20 * MIB
 """A segment for requests under 10 MiB."""
 NOWHERE = -1
 """No block."""
+AT_ONCE = -1
+"""Place of a block that is freed before anything else happens."""
 _BITS = 64
 _ADDRESS = (1 << _BITS) - 1
 _TOP = 1 << 62
@@ -122,50 +124,68 @@ class Allocator:
         return tuple(self._ready)
 
     def play(self, events: Iterable[tuple[int, int]], places: list[int]) -> None:
-        """Requests (place, bytes in whole pieces of 512) and frees (place, 0) in their order. `places`: the
-        blocks that are there by place, changed."""
+        """Requests (place, bytes in whole pieces of 512) and frees (place, 0) in their order, and blocks that
+        are freed at once (`AT_ONCE`, bytes). `places`: the blocks that are there by place, changed."""
         ready, starts, ends = self._ready, self._starts, self._ends
         segments, whole = self._segments, self._whole
         allocated, peak = self.allocated, self.allocated_peak
         for place, n in events:
             if n:
                 at = bisect_left(ready, n << _BITS)
-                block = ready.pop(at) if at < len(ready) else self._segment(n)
-                there, start = block >> _BITS, block & _ADDRESS
+                if at == len(ready):
+                    self._release(self._segment(n))
+                    at = bisect_left(ready, n << _BITS)
+                block = ready[at]
+                there = block >> _BITS
                 rest = there - n
+                used = n if rest > UNSPLIT else there
+                if allocated + used > peak:
+                    peak = allocated + used
+                if place == AT_ONCE:
+                    continue
+                allocated += used
+                start = block & _ADDRESS
+                del starts[start]
                 if rest > UNSPLIT:
-                    # the upper part stays free; it ends where the whole did
-                    block -= rest << _BITS
-                    other = start + n
-                    starts.pop(start, None)
-                    starts[other] = left = rest << _BITS | other
-                    ends[start + there] = left
-                    insort(ready, left)
-                    allocated += n
+                    # the upper part stays free, mostly in its place; it ends where the whole did
+                    places[place] = n << _BITS | start
+                    start += n
+                    left = rest << _BITS | start
+                    starts[start] = ends[start + rest] = left
+                    if at == 0 or ready[at - 1] < left:
+                        ready[at] = left
+                    else:
+                        del ready[at]
+                        insort(ready, left)
                 else:
-                    starts.pop(start, None)
-                    ends.pop(start + there, None)
-                    allocated += there
-                if allocated > peak:
-                    peak = allocated
-                places[place] = block
+                    places[place] = block
+                    del ends[start + there], ready[at]
             elif (block := places[place]) >= 0:
                 places[place] = NOWHERE
                 n, start = block >> _BITS, block & _ADDRESS
                 allocated -= n
-                end = start + n
-                # neighbours that are free become one with it
+                end, at = start + n, -1
+                # neighbours that are free become one with it, mostly in their place
                 if end in starts:
                     other = starts.pop(end)
-                    del ready[bisect_left(ready, other)]
+                    at = bisect_left(ready, other)
                     end += other >> _BITS
                 if start in ends:
                     other = ends.pop(start)
-                    del ready[bisect_left(ready, other)]
+                    if at >= 0:
+                        del ready[at]
+                    at = bisect_left(ready, other)
                     start = other & _ADDRESS
                 n = end - start
-                starts[start] = ends[end] = block = n << _BITS | start
-                insort(ready, block)
+                block = n << _BITS | start
+                starts[start] = ends[end] = block
+                if at < 0:
+                    insort(ready, block)
+                elif at + 1 == len(ready) or block < ready[at + 1]:
+                    ready[at] = block
+                else:
+                    del ready[at]
+                    insort(ready, block)
                 if start in segments and segments[start] == n:
                     whole.add(block)
         self.allocated, self.allocated_peak = allocated, peak
