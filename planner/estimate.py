@@ -137,6 +137,8 @@ class Floor(Struct, frozen=True):
 
     low_bytes: int
     process_bytes: int
+    passing_bytes: int
+    """Of these, what is there beside the loaded weights."""
 
 
 def floor(model: ModelProfile, machine: Machine, workload: Workload, strategy: Strategy) -> Floor | None:
@@ -152,6 +154,7 @@ def floor(model: ModelProfile, machine: Machine, workload: Workload, strategy: S
     return Floor(
         max(memory.load_bytes, surely) + around.low,
         max(memory.load_peak_bytes, allocated) + around.typical,
+        allocated - memory.load_bytes,
     )
 
 

@@ -22,6 +22,8 @@ MOST_CONTEXT = 2**20
 _EXACT_BELOW = 64
 _STEP = 64
 _GUESSES = 3
+_HOLES = {"infer": 0.4, "train": 0.07}
+"""About what `high_bytes` adds to what a run takes beside its weights; the number of guesses depends on it."""
 
 Ask = Callable[[ModelProfile, Machine, Workload, Strategy], Estimate]
 
@@ -87,11 +89,11 @@ def largest_that_fits(
 
 
 def _left(ask: Ask, model: ModelProfile, machine: Machine, work: Workload, how: Strategy) -> int:
-    """`spare_bytes` of a job; where a card is too small even for a run without holes, what that lacks."""
+    """`spare_bytes` of a job; where a card is too small even for a run without holes, about what it lacks."""
     if ask is estimate and (least := floor(model, machine, work, how)) is not None:
         room = budget(machine.gpus[0])[0]
         if least.process_bytes > room:
-            return room - least.process_bytes
+            return room - least.process_bytes - int(_HOLES[work.task] * least.passing_bytes)
     return spare_bytes(ask(model, machine, work, how))
 
 
