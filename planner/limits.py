@@ -23,7 +23,8 @@ _EXACT_BELOW = 64
 _STEP = 64
 _GUESSES = 3
 _HOLES = {"infer": 0.4, "train": 0.07}
-"""About what `high_bytes` adds to what a run takes beside its weights; the number of guesses depends on it."""
+"""About what `high_bytes` adds to what a run takes beside its weights; the number of guesses depends on
+it."""
 
 Ask = Callable[[ModelProfile, Machine, Workload, Strategy], Estimate]
 

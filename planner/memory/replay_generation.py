@@ -19,7 +19,7 @@ from planner.memory.loading import load_holes
 from planner.memory.parts import EventTape, Part, Places
 from planner.memory.replay import Played
 from planner.memory.shapes import Pass
-from planner.memory.tape import Tensor, rounded
+from planner.memory.tape import UNSPLIT, Tensor, rounded
 from planner.types import Workload
 from profiles.schema import Architecture, Layer, Norm
 
@@ -119,21 +119,29 @@ class _Generation:
     def _token(self, caches: list[list[int]]) -> None:
         """Keys and values of one more token; both of a full window are there twice."""
         p, tokens = self._p, self._p.seq + 1
-        for kind, blocks in zip(self._arch.order, caches, strict=True):
+        known = {}
+        for kind in set(self._arch.order):
             spec = self._arch.kinds[kind].attention
             full = spec.window is not None and tokens > spec.window
             kept = kept_tokens(spec, tokens, False) + (1 if full else 0)
-            sizes = [p.batch * kept * elements * p.width for elements in token_elements(spec)]
+            sizes = [rounded(p.batch * kept * elements * p.width) for elements in token_elements(spec)]
+            known[kind] = full, sizes
+        events: list[tuple[int, int]] = []
+        places: list[int] = []
+        for kind, blocks in zip(self._arch.order, caches, strict=True):
+            full, sizes = known[kind]
             if len(sizes) != len(blocks):
                 continue
-            waiting = []
-            for old, size in zip(blocks, sizes, strict=True):
-                self.allocator.request(size)
-                waiting.append(old)
+            old = range(len(places), len(places) + 2 * len(blocks), 2)
+            for place, block, size in zip(old, blocks, sizes, strict=True):
+                places += (block, NOWHERE)
+                if size > UNSPLIT:
+                    events.append((place + 1, size))
                 if not full:
-                    self.allocator.give(waiting.pop())
-            for old in waiting:
-                self.allocator.give(old)
+                    events.append((place, 0))
+            if full:
+                events += ((place, 0) for place in old)
+        self.allocator.play(events, places)
 
     def _through(self, part: Part, x: int, whole: bool = True) -> list[int]:
         places = [NOWHERE] * part.places
