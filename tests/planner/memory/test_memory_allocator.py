@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from planner.memory.allocator import NOWHERE, Allocator, address_of, size_of
+from planner.memory.allocator import AT_ONCE, NOWHERE, Allocator, address_of, size_of
 from planner.units import MIB
 
 SIZES = st.integers(1, 300 * MIB)
@@ -128,3 +128,24 @@ def test_of_blocks_of_one_size_the_lowest_is_taken_wherever_the_segments_lie():
         for block in blocks:
             allocator.give(block)
         assert allocator.request(64 * MIB) == blocks[first]
+
+
+@given(events())
+def test_a_thrifty_run_goes_another_way_only_where_segments_were_wasted(
+    sequence: list[tuple[int, int]],
+) -> None:
+    free, tight = played(sequence)[0], played(sequence, thrifty=True)[0]
+    if not free.wasteful:
+        assert free.state == tight.state and free.reserved_peak == tight.reserved_peak
+
+
+@given(events(), SIZES, st.booleans())
+def test_a_block_freed_at_once_is_a_request_and_a_free(
+    sequence: list[tuple[int, int]], size: int, thrifty: bool
+) -> None:
+    n = 512 * (1 + (MIB + size) // 512)
+    (one, places), (two, _) = played(sequence, thrifty), played(sequence, thrifty)
+    one.give(one.request(n))
+    two.play([(AT_ONCE, n)], places)
+    for name in ("state", "allocated", "reserved", "allocated_peak", "reserved_peak"):
+        assert getattr(one, name) == getattr(two, name), name
