@@ -213,6 +213,8 @@ class Allocator:
             self.empty_cache()
         elif not self.wasteful and self._whole:
             self.wasteful = bool(self._whole_segments())
+            if not self.wasteful:
+                self._whole.clear()  # all of them are in use by now
         size = SHARED if n < LARGE else -(-n // SEGMENT) * SEGMENT
         self.reserved += size
         if self.reserved > self.reserved_peak:
