@@ -1,5 +1,5 @@
 """How long estimates take in process: processor time, so that a busy machine does not decide. Bounds are
-about three times what a quiet core takes, which is named beside each."""
+about five times what a quiet core takes, which is named beside each."""
 
 from __future__ import annotations
 
@@ -33,12 +33,12 @@ def longer(work: Workload, tokens: int) -> Workload:
 @pytest.mark.parametrize(
     ("name", "work", "how", "seconds"),
     [
-        ("qwen2.5-7b", INFER, Strategy(), 0.004),  # 1.4 ms
-        ("qwen2.5-7b", QLORA, NF4, 0.015),  # 4.5 ms
-        ("qwen2.5-7b", FULL, Strategy(), 0.03),  # 10 ms
-        ("llama-3-70b", INFER, Strategy(), 0.02),  # 6 ms
-        ("llama-3-70b", FULL, Strategy(), 0.06),  # 20 ms
-        ("gpt-oss-20b", QLORA, NF4, 0.02),  # 6.5 ms
+        ("qwen2.5-7b", INFER, Strategy(), 0.008),  # 1.4 ms
+        ("qwen2.5-7b", QLORA, NF4, 0.025),  # 4.5 ms
+        ("qwen2.5-7b", FULL, Strategy(), 0.05),  # 10 ms
+        ("llama-3-70b", INFER, Strategy(), 0.03),  # 6 ms
+        ("llama-3-70b", FULL, Strategy(), 0.1),  # 20 ms
+        ("gpt-oss-20b", QLORA, NF4, 0.035),  # 6.5 ms
     ],
 )
 def test_a_job_never_seen_is_played_in_milliseconds(
@@ -46,7 +46,7 @@ def test_a_job_never_seen_is_played_in_milliseconds(
 ) -> None:
     model, here, best = load_model(name), one(), float("inf")
     estimate(model, here, work, how)
-    for i in range(1, 6):
+    for i in range(1, 9):
         job = longer(work, 8 * i)
         before, misses = time.process_time(), steady_holes.cache_info().misses
         estimate(model, here, job, how)
