@@ -132,6 +132,32 @@ def estimate(
     )
 
 
+class Floor(Struct, frozen=True):
+    """What the estimate of a job does not fall below."""
+
+    low_bytes: int
+    process_bytes: int
+    passing_bytes: int
+    """Of these, what is there beside the loaded weights."""
+
+
+def floor(model: ModelProfile, machine: Machine, workload: Workload, strategy: Strategy) -> Floor | None:
+    """Bounds of `GpuEstimate.low_bytes` and `process_bytes` that need no played run: an allocator without
+    holes. For jobs that one card holds entirely; None for others."""
+    if len(machine.gpus) != 1 or strategy.placement != "full_gpu" or strategy.engine != "resident":
+        return None
+    arch, gpu, work = architecture_of(model), machine.gpus[0], normal(workload)
+    how = normal_strategy(as_it_runs(strategy, arch.model_type, CALIBRATED_STACK), work)
+    memory, around = _memory(arch, work, how, gpu), context(gpu.profile, arch, work, how)
+    allocated = memory.peak.bytes
+    surely = int(allocated * (1 - _uncertain(gpu, around.measured, played=False)))
+    return Floor(
+        max(memory.load_bytes, surely) + around.low,
+        max(memory.load_peak_bytes, allocated) + around.typical,
+        allocated - memory.load_bytes,
+    )
+
+
 # --------------------------------------------------------------------------- inputs
 
 
@@ -244,10 +270,11 @@ def _card(
     required = max(memory.load_peak_bytes, allocated + room.typical)
     budget_bytes, basis = budget(gpu)
     uncertain = _uncertain(gpu, around.measured, holes is not None)
-    low = int(max(memory.load_bytes, allocated * (1 - uncertain) + room.low)) + around.low
+    below = required - max(memory.load_bytes, allocated * (1 - uncertain) + room.low)
     above = max(memory.load_peak_bytes, allocated * (1 + uncertain) + room.high) - required
-    more = around.high - around.typical
-    # what the allocator and the context may need beyond the typical is independent of each other
+    less, more = around.typical - around.low, around.high - around.typical
+    # what the allocator and the context may differ by from the typical is independent of each other
+    low = required + around.typical - int(math.hypot(max(0, below), less) if holes else below + less)
     high = required + around.typical + int(math.hypot(max(0, above), more) if holes else above + more)
     return GpuEstimate(
         index=gpu.index,

@@ -11,7 +11,8 @@ from collections.abc import Callable
 from msgspec import Struct
 from msgspec.structs import replace
 
-from planner.estimate import estimate
+from planner.estimate import estimate, floor
+from planner.machine import budget
 from planner.types import Estimate, Machine, Strategy, Workload
 from profiles.schema import ModelProfile
 
@@ -20,6 +21,10 @@ MOST_CONTEXT = 2**20
 """Looked at where the model names no longest context."""
 _EXACT_BELOW = 64
 _STEP = 64
+_GUESSES = 3
+_HOLES = {"infer": 0.4, "train": 0.07}
+"""About what `high_bytes` adds to what a run takes beside its weights; the number of guesses depends on
+it."""
 
 Ask = Callable[[ModelProfile, Machine, Workload, Strategy], Estimate]
 
@@ -57,11 +62,12 @@ def longest_context(
 
     def left(tokens: int) -> int:
         changed = {"seq_len": tokens} if train else {"prompt_tokens": tokens - workload.new_tokens}
-        return spare_bytes(ask(model, machine, replace(workload, **changed), strategy))
+        return _left(ask, model, machine, replace(workload, **changed), strategy)
 
     if most < least:
         return None
-    found = largest(left, least, most, _STEP)
+    now = workload.seq_len if train else workload.prompt_tokens + workload.new_tokens
+    found = largest(left, least, most, _STEP, now)
     if found is None or found == most or found < least + _EXACT_BELOW:
         return found
     return max(least, found // _STEP * _STEP)
@@ -78,9 +84,18 @@ def largest_that_fits(
     """Most sequences of one batch; None if a single one does not fit."""
 
     def left(batch: int) -> int:
-        return spare_bytes(ask(model, machine, replace(workload, batch_size=batch), strategy))
+        return _left(ask, model, machine, replace(workload, batch_size=batch), strategy)
 
-    return largest(left, 1, most, 1)
+    return largest(left, 1, most, 1, workload.batch_size)
+
+
+def _left(ask: Ask, model: ModelProfile, machine: Machine, work: Workload, how: Strategy) -> int:
+    """`spare_bytes` of a job; where a card is too small even for a run without holes, about what it lacks."""
+    if ask is estimate and (least := floor(model, machine, work, how)) is not None:
+        room = budget(machine.gpus[0])[0]
+        if least.process_bytes > room:
+            return room - least.process_bytes - int(_HOLES[work.task] * least.passing_bytes)
+    return spare_bytes(ask(model, machine, work, how))
 
 
 def spare_bytes(estimate: Estimate) -> int:
@@ -89,34 +104,53 @@ def spare_bytes(estimate: Estimate) -> int:
     return max(0, left) if estimate.verdict == "fits" else min(-1, left)
 
 
-def largest(left: Callable[[int], int], least: int, most: int, step: int) -> int | None:
+def largest(
+    left: Callable[[int], int], least: int, most: int, step: int, start: int | None = None
+) -> int | None:
     """The largest number from `least` to `most` for which `left` is not negative, to within `step`; None if
-    there is none. `left` never grows with its argument.
+    there is none. `left` never grows with its argument. `start`: a number in between that is looked at first,
+    as what is known already.
 
     >>> largest(lambda n: 1000 - n, 1, 10**6, 1)
     1000
     """
     low, high = least, most
-    at_low = left(low)
-    if at_low < 0:
-        return None
-    at_high = left(high)
-    if at_high >= 0:
-        return most
-    guesses = 0
+    at_first = left(first := least if start is None else min(max(start, least), most))
+    if at_first < 0:
+        if first == least or (at_low := left(least)) < 0:
+            return None
+        high, at_high = first, at_first
+    else:
+        low, at_low = first, at_first
+        if first == most or (at_high := left(most)) >= 0:
+            return most
+    guesses, width, towards = 0, high - low, 0
     while high - low > (grain := step if low > least + _EXACT_BELOW else 1):
         guesses += 1
-        if guesses % 3:
-            # Where a straight line between both ends crosses zero, as the method of false position has it.
-            crossing = low + (high - low) * at_low // (at_low - at_high)
-            probe = min(max(crossing, low + grain), high - grain)
+        if guesses % _GUESSES:
+            probe = _beyond_crossing(low, high, at_low, at_high, grain, towards)
         else:
-            # A third guess is needed where memory is no line; halving then bounds the number of estimates.
-            probe = (low + high) // 2
-        probe = min(max(probe, low + 1), high - 1)
+            # Where memory is no line, halving bounds the number of estimates.
+            halve, width = 4 * (high - low) > width, high - low
+            probe = (
+                (low + high) // 2 if halve else _beyond_crossing(low, high, at_low, at_high, grain, towards)
+            )
         at_probe = left(probe)
         if at_probe < 0:
-            high, at_high, at_low = probe, at_probe, at_low // 2
+            high, at_high, towards = probe, at_probe, -1
         else:
-            low, at_low, at_high = probe, at_probe, min(-1, at_high // 2)
+            low, at_low, towards = probe, at_probe, 1
     return low
+
+
+def _beyond_crossing(low: int, high: int, at_low: int, at_high: int, grain: int, towards: int) -> int:
+    """Where a straight line between both ends crosses zero, as the method of false position has it, and a
+    little further on: the end that moved last (`towards` the other: 1 for `low`, -1 for `high`) is near
+    already, so that the other comes near too."""
+    crossing = low + (high - low) * at_low // (at_low - at_high)
+    if towards > 0:
+        crossing += max(grain // 2, 1, (crossing - low) // 16)
+    elif towards < 0:
+        crossing -= (high - crossing) // 16
+    room = min(grain, (high - low) // 2)
+    return min(max(crossing, low + room), high - room)

@@ -8,7 +8,7 @@ from typing import Any
 from msgspec import Struct
 
 from planner.errors import BadConfig, BadOption
-from planner.estimate import architecture_of
+from planner.estimate import architecture_of, floor
 from planner.estimate import estimate as estimate_job
 from planner.machine import budget, free_ram, machine_from_gpus
 from planner.memory.weights import weight_bytes
@@ -130,12 +130,24 @@ def _fit(
             loaded = weight_bytes(arch, strategy.quant, strategy.quant_experts, strategy.dtype)
             if room is not None and loaded.total(arch.order) > room:
                 break
+            if estimator is estimate_job and _too_large(model, machine, workload, strategy, good):
+                continue
             scored = Scored(strategy, estimator(model, machine, workload, strategy))
             if scored.estimate.verdict == "fits":
                 return scored
             if scored.estimate.verdict == "tight" and "tight" in good:
                 tight = tight or scored
     return tight
+
+
+def _too_large(
+    model: ModelProfile, machine: Machine, workload: Workload, strategy: Strategy, good: Sequence[str]
+) -> bool:
+    """Is a verdict among `good` out of the question, without asking the allocator?"""
+    least = floor(model, machine, workload, strategy)
+    if least is None:
+        return False
+    return (least.low_bytes if "tight" in good else least.process_bytes) > budget(machine.gpus[0])[0]
 
 
 def _room(machine: Machine, workload: Workload) -> int | None:

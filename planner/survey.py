@@ -15,7 +15,7 @@ from msgspec import Struct, field
 from msgspec.structs import replace
 
 from planner.errors import BadOption
-from planner.estimate import estimate
+from planner.estimate import estimate, floor
 from planner.limits import limits
 from planner.machine import budget, machine_from_gpus
 from planner.rank import Field
@@ -162,6 +162,7 @@ def answer(question: Question, job: Job, machine: Machine) -> Answer:
     need = _need(question, work, pinned) if not machine.gpus else None
     row = Answer(job=job.id, label=job.label, verdict="not_possible", workload=work, need=need)
     tried: list[tuple[Strategy, Estimate]] = []
+    too_large: list[tuple[int, Strategy]] = []
     refusal: str | None = None
     for how in _ways(question, machine, work, pinned):
         if isinstance(how, BadOption):
@@ -169,6 +170,10 @@ def answer(question: Question, job: Job, machine: Machine) -> Answer:
             continue
         if (barely := _first_good(tried)) is not None and barely[0].placement != how.placement:
             break
+        least = floor(question.model, machine, work, how) if tried else None
+        if least is not None and least.low_bytes > budget(machine.gpus[0])[0]:
+            too_large.append((least.process_bytes, how))
+            continue
         shown = estimate(question.model, machine, work, how)
         tried.append((how, shown))
         # a streamed layer less makes room for a way that surely fits; elsewhere defaults are worth more
@@ -184,7 +189,11 @@ def answer(question: Question, job: Job, machine: Machine) -> Answer:
         return replace(row, longest_context_tokens=most.context_tokens, largest_batch_size=most.batch_size)
     if not tried:
         return replace(row, reason=refusal)
-    return _with(row, question, machine, *tried[0], _least(tried))
+    on_card = [way for way in tried if way[0].placement == "full_gpu" and way[1].gpus]
+    reason = None
+    if on_card:
+        reason = _least(on_card[0], _most_sparing(question, machine, work, on_card, too_large))
+    return _with(row, question, machine, *tried[0], reason)
 
 
 def _first_good(tried: list[tuple[Strategy, Estimate]]) -> tuple[Strategy, Estimate] | None:
@@ -199,18 +208,31 @@ def _with(
     return replace(row, verdict=shown.verdict, strategy=how, estimate=shown, reason=reason, notes=remarks)
 
 
-def _least(tried: list[tuple[Strategy, Estimate]]) -> str | None:
+def _most_sparing(
+    question: Question,
+    machine: Machine,
+    work: Workload,
+    on_card: list[tuple[Strategy, Estimate]],
+    too_large: list[tuple[int, Strategy]],
+) -> tuple[Strategy, Estimate]:
+    """The way on a card that needs least. `too_large`: ways that certainly do not fit, and what each needs at
+    least; only those that could be the one are estimated."""
+    best = min(on_card, key=_process_bytes)
+    for least, how in sorted(too_large, key=lambda way: way[0]):
+        if least >= _process_bytes(best):
+            break
+        best = min(best, (how, estimate(question.model, machine, work, how)), key=_process_bytes)
+    return best
+
+
+def _process_bytes(way: tuple[Strategy, Estimate]) -> int:
+    return max(gpu.process_bytes for gpu in way[1].gpus)
+
+
+def _least(plain: tuple[Strategy, Estimate], sparing: tuple[Strategy, Estimate]) -> str | None:
     """What the most sparing way on a card needs, where that is clearly less than the plain way."""
-    on_card = [
-        (how, shown, max(gpu.process_bytes for gpu in shown.gpus))
-        for how, shown in tried
-        if how.placement == "full_gpu" and shown.gpus
-    ]
-    if not on_card:
-        return None
-    how, shown, least = min(on_card, key=lambda way: way[2])
-    changed = _changed(on_card[0][0], how, shown)
-    if changed is None or least > _CLEARLY_LESS * on_card[0][2]:
+    least, changed = _process_bytes(sparing), _changed(plain[0], *sparing)
+    if changed is None or least > _CLEARLY_LESS * _process_bytes(plain):
         return None
     return f"at least {format_bytes(least)}, {changed}"
 
@@ -347,8 +369,8 @@ def _least_bytes(question: Question, work: Workload, pinned: dict[str, Any]) -> 
         ways, _ = legal_strategies(question.arch, _ANY_CARD, work, {**pinned, "placement": "full_gpu"})
     except BadOption:
         return None
-    estimates = [estimate(question.model, _ANY_CARD, work, how) for how in ways]
-    return int(_LIGHTEST_CARD * min(each.gpus[0].high_bytes for each in estimates))
+    least = (floor(question.model, _ANY_CARD, work, how) for how in ways)
+    return int(_LIGHTEST_CARD * min(each.process_bytes for each in least if each is not None))
 
 
 def _worth_buying(card: GpuProfile) -> bool:

@@ -23,10 +23,10 @@ from typing import Any
 
 import msgspec
 
-from benchmarks.accuracy.cells import RESULTS, Cell, model_of, predict, read_cells, read_lines
+from benchmarks.accuracy.cells import RESULTS, Cell, predict, read_cells, read_lines
 from planner.errors import FitwrightError
-from planner.estimate import architecture_of
 from planner.files import write_atomically
+from planner.memory.overheads import context_additions
 from planner.types import Strategy, Workload
 from profiles.config import load_config_file
 
@@ -40,29 +40,20 @@ FEW = 10
 """Runs below which their spread is not known."""
 
 
-def kind_of(work: Workload, how: Strategy, routed: bool) -> str:
-    """The field of overheads.json that holds a job's context (`planner.memory.overheads.context`)."""
-    if work.task == "train":
-        return "train_bytes"
-    if routed:
-        return "grouped_experts_bytes"
-    return "int8_bytes" if how.quant == "int8" else "infer_bytes"
-
-
-def contexts(results: Path = RESULTS) -> Iterator[tuple[str, int]]:
-    """(kind, bytes) of every measured context that may be fitted on."""
+def contexts(results: Path = RESULTS) -> Iterator[tuple[str, tuple[str, ...], int]]:
+    """(task, additions, bytes) of every measured context that may be fitted on."""
     for line in (CALIBRATION / "runs.jsonl").read_bytes().splitlines()[1:]:
         row = json.loads(line)
         config = load_config_file(CALIBRATION / "configs" / f"{row['model']}.json")
         work = msgspec.convert(row["workload"], Workload)
-        how = msgspec.convert(row["strategy"], Strategy)
-        yield kind_of(work, how, "num_experts" in config), row["measured"]["context_bytes"]
+        if work.task == "infer" and "num_experts" in config:
+            continue  # what its experts load is a bound of its own
+        added = context_additions(work, msgspec.convert(row["strategy"], Strategy))
+        yield work.task, added, row["measured"]["context_bytes"]
     for cell, row in _fitted(results):
-        arch = architecture_of(model_of(cell.model))
-        routed = any(layer.feed_forward.experts is not None for layer in arch.kinds)
         n = row["figures"].get("context_bytes")
         if n and not cell.timed:
-            yield kind_of(cell.workload, cell.strategy, routed), n
+            yield cell.workload.task, context_additions(cell.workload, cell.strategy), n
 
 
 def _fitted(results: Path) -> Iterator[tuple[Cell, dict[str, Any]]]:
@@ -90,18 +81,31 @@ def figures(results: Path = RESULTS) -> dict[str, float]:
     """The measured figures by their field: the middle one, of an even number of runs the upper of the middle
     two; of few runs the largest, because a context that is estimated too small ends a run. The factors hold
     nine tenths of all runs."""
-    by_kind: dict[str, list[int]] = {}
-    for kind, n in contexts(results):
-        by_kind.setdefault(kind, []).append(n)
-    found: dict[str, float] = {
-        kind: median_high(values) if len(values) >= FEW else max(values) for kind, values in by_kind.items()
-    }
-    ratios = sorted(n / found[kind] for kind, values in by_kind.items() for n in values)
+    runs = list(contexts(results))
+    alone: dict[str, list[int]] = {}
+    for task, added, n in runs:
+        if not added:
+            alone.setdefault(f"{task}_bytes", []).append(n)
+    found: dict[str, float] = {name: _middle(values) for name, values in alone.items()}
+    more: dict[str, list[int]] = {}
+    for task, added, n in runs:
+        if len(added) == 1 and f"{task}_bytes" in found:
+            more.setdefault(added[0], []).append(n - int(found[f"{task}_bytes"]))
+    found |= {name: _middle(values) for name, values in more.items()}
+    ratios = sorted(
+        n / sum(found[name] for name in (f"{task}_bytes", *added))
+        for task, added, n in runs
+        if found.keys() >= {f"{task}_bytes", *added}
+    )
     tail = len(ratios) // 20
     found["low_factor"] = min(1 - NARROWEST, math.floor(100 * ratios[tail]) / 100)
     found["high_factor"] = max(1 + NARROWEST, math.ceil(100 * ratios[-1 - tail]) / 100)
     ram = process_ram(results)
     return found if ram is None else {**found, "cuda_bytes": ram}
+
+
+def _middle(values: list[int]) -> int:
+    return median_high(values) if len(values) >= FEW else max(values)
 
 
 def rewritten(text: str, found: dict[str, float], runs: int) -> str:

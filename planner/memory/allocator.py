@@ -19,33 +19,65 @@ SHARED = 20 * MIB
 """A segment for requests under 10 MiB."""
 NOWHERE = -1
 """No block."""
+AT_ONCE = -1
+"""Place of a block that is freed before anything else happens."""
 _BITS = 64
 _ADDRESS = (1 << _BITS) - 1
+_TOP = 1 << 62
+"""Above every address that is counted upwards."""
+
+
+def size_of(block: int) -> int:
+    """Bytes of a block, what was not asked for counted in."""
+    return block >> _BITS
+
+
+def address_of(block: int) -> int:
+    """Where a block begins."""
+    return block & _ADDRESS
 
 
 class Allocator:
     """Requests over 1 MiB of one run: what they book and reserve, now and at most.
 
-    A block is its address; of free blocks of one size the lowest is taken, and segments lie one above the
-    other in the order in which they were taken. `thrifty`: segments that are wholly free go back before a new
-    one is taken, as under the tightest cap that works.
+    A block is one number, its bytes above its address, so that blocks sort as they are taken: the smallest
+    first, of one size the lowest. Segments lie one above the other in the order in which they were taken,
+    with a byte in between: blocks that touch are of one segment. `thrifty`: segments that are wholly free go
+    back before a new one is taken, as under the tightest cap that works. `downwards`: each segment lies below
+    the one before, as the driver mostly hands out addresses.
     """
 
-    def __init__(self, reserved: int = 0) -> None:
+    __slots__ = (
+        "_end",
+        "_ends",
+        "_ready",
+        "_segments",
+        "_starts",
+        "_whole",
+        "allocated",
+        "allocated_peak",
+        "downwards",
+        "reserved",
+        "reserved_peak",
+        "thrifty",
+        "wasteful",
+    )
+
+    def __init__(self, reserved: int = 0, downwards: bool = False) -> None:
         """`reserved`: bytes of a block that is there, free, from the beginning."""
         self.allocated = self.reserved = self.allocated_peak = self.reserved_peak = 0
-        self.thrifty = False
+        self.thrifty, self.downwards = False, downwards
+        self.wasteful = False
+        """Was a segment taken while another was wholly free? Without, a thrifty run goes the same way."""
         self._end = 0
-        self._size: dict[int, int] = {}
-        self._before: dict[int, int] = {}
-        """The block below in the same segment, by block; the one above begins where a block ends."""
-        self._last: set[int] = set()
-        """Blocks at the end of a segment."""
-        self._free: set[int] = set()
-        self._whole: set[int] = set()
-        """Free blocks that are all of a segment."""
         self._ready: list[int] = []
-        """Free blocks in the order in which they are taken: by size, then by address."""
+        """Free blocks, sorted; the same by where they begin and by where they end:"""
+        self._starts: dict[int, int] = {}
+        self._ends: dict[int, int] = {}
+        self._segments: dict[int, int] = {}
+        """Bytes of segments that can go back, by address."""
+        self._whole: set[int] = set()
+        """Blocks that were all of a segment when they were freed."""
         if reserved > UNSPLIT:
             self._release(self._segment(reserved))
 
@@ -62,62 +94,108 @@ class Allocator:
         if block != NOWHERE:
             self.play(((0, 0),), [block])
 
+    def keep(self, sizes: Iterable[int]) -> list[int]:
+        """Blocks for requests of so many bytes in their order, small ones left out."""
+        large = [rounded(n) for n in sizes if n > UNSPLIT]
+        places = [NOWHERE] * len(large)
+        self.play(enumerate(large), places)
+        return places
+
+    def give_all(self, blocks: list[int]) -> None:
+        """Free blocks in their order."""
+        self.play([(place, 0) for place in range(len(blocks))], blocks)
+
     def hole(self, n: int) -> None:
         """`n` bytes are free between blocks that stay."""
         if n > UNSPLIT:
-            self._size[self._end], self._before[self._end] = n, NOWHERE
             self.reserved += n
             self.reserved_peak = max(self.reserved_peak, self.reserved)
-            self._free.add(self._end)
-            insort(self._ready, n << _BITS | self._end)
+            self._release(n << _BITS | self._end)
             self._end += n + 1
 
     def holes(self) -> list[int]:
         """Bytes of free blocks in segments that are in use."""
-        return [item >> _BITS for item in self._ready if item & _ADDRESS not in self._whole]
+        whole = set(self._whole_segments())
+        return [size_of(block) for block in self._ready if block not in whole]
 
     @property
     def state(self) -> tuple[int, ...]:
         """The free blocks: what decides where requests go."""
         return tuple(self._ready)
 
-    def size(self, block: int) -> int:
-        """Bytes of a block, what was not asked for counted in."""
-        return self._size[block]
-
     def play(self, events: Iterable[tuple[int, int]], places: list[int]) -> None:
-        """Requests (place, bytes in whole pieces of 512) and frees (place, 0) in their order. `places`: the
-        blocks that are there by place, changed."""
-        size, free, ready = self._size, self._free, self._ready
+        """Requests (place, bytes in whole pieces of 512) and frees (place, 0) in their order, and blocks that
+        are freed at once (`AT_ONCE`, bytes). `places`: the blocks that are there by place, changed."""
+        ready, starts, ends = self._ready, self._starts, self._ends
+        segments, whole = self._segments, self._whole
         allocated, peak = self.allocated, self.allocated_peak
         for place, n in events:
-            if not n:
-                block = places[place]
-                if block >= 0:
-                    places[place] = NOWHERE
-                    allocated -= size[block]
-                    self._release(block)
-                continue
-            at = bisect_left(ready, n << _BITS)
-            if at < len(ready):
-                block = ready.pop(at) & _ADDRESS
-                free.discard(block)
-                self._whole.discard(block)
-            else:
-                block = self._segment(n)
-            if size[block] - n > UNSPLIT:
-                self._split(block, n)
-            allocated += size[block]
-            if allocated > peak:
-                peak = allocated
-            places[place] = block
+            if n:
+                at = bisect_left(ready, n << _BITS)
+                if at == len(ready):
+                    self._release(self._segment(n))
+                    at = bisect_left(ready, n << _BITS)
+                block = ready[at]
+                there = block >> _BITS
+                rest = there - n
+                used = n if rest > UNSPLIT else there
+                if allocated + used > peak:
+                    peak = allocated + used
+                if place == AT_ONCE:
+                    continue
+                allocated += used
+                start = block & _ADDRESS
+                del starts[start]
+                if rest > UNSPLIT:
+                    # the upper part stays free, mostly in its place; it ends where the whole did
+                    places[place] = n << _BITS | start
+                    start += n
+                    left = rest << _BITS | start
+                    starts[start] = ends[start + rest] = left
+                    if at == 0 or ready[at - 1] < left:
+                        ready[at] = left
+                    else:
+                        del ready[at]
+                        insort(ready, left)
+                else:
+                    places[place] = block
+                    del ends[start + there], ready[at]
+            elif (block := places[place]) >= 0:
+                places[place] = NOWHERE
+                n, start = block >> _BITS, block & _ADDRESS
+                allocated -= n
+                end, at = start + n, -1
+                # neighbours that are free become one with it, mostly in their place
+                if end in starts:
+                    other = starts.pop(end)
+                    at = bisect_left(ready, other)
+                    end += other >> _BITS
+                if start in ends:
+                    other = ends.pop(start)
+                    if at >= 0:
+                        del ready[at]
+                    at = bisect_left(ready, other)
+                    start = other & _ADDRESS
+                n = end - start
+                block = n << _BITS | start
+                starts[start] = ends[end] = block
+                if at < 0:
+                    insort(ready, block)
+                elif at + 1 == len(ready) or block < ready[at + 1]:
+                    ready[at] = block
+                else:
+                    del ready[at]
+                    insort(ready, block)
+                if start in segments and segments[start] == n:
+                    whole.add(block)
         self.allocated, self.allocated_peak = allocated, peak
 
     def empty_cache(self) -> None:
         """Give segments that are wholly free back to the driver."""
-        for block in self._whole:
-            n = self._size[block]
-            del self._ready[bisect_left(self._ready, n << _BITS | block)]
+        for block in self._whole_segments():
+            n, start = block >> _BITS, block & _ADDRESS
+            del self._ready[bisect_left(self._ready, block)], self._starts[start], self._ends[start + n]
+            del self._segments[start]
             self.reserved -= n
         self._whole.clear()
 
@@ -125,59 +203,32 @@ class Allocator:
         """Forget the peaks so far."""
         self.allocated_peak, self.reserved_peak = self.allocated, self.reserved
 
+    def _whole_segments(self) -> list[int]:
+        """Free blocks that are all of a segment."""
+        return [block for block in self._whole if self._starts.get(block & _ADDRESS) == block]
+
     def _segment(self, n: int) -> int:
-        if self.thrifty:
+        """A new segment for a request of `n` bytes."""
+        if self.thrifty and self._whole:
             self.empty_cache()
+        elif not self.wasteful and self._whole:
+            self.wasteful = bool(self._whole_segments())
+            if not self.wasteful:
+                self._whole.clear()  # all of them are in use by now
         size = SHARED if n < LARGE else -(-n // SEGMENT) * SEGMENT
         self.reserved += size
         if self.reserved > self.reserved_peak:
             self.reserved_peak = self.reserved
-        block, self._end = self._end, self._end + size
-        self._size[block] = size
-        self._last.add(block)
-        return block
-
-    def _split(self, block: int, n: int) -> None:
-        rest, other = self._size[block] - n, block + n
-        if block in self._last:
-            self._last.discard(block)
-            self._last.add(other)
-        else:
-            self._before[block + self._size[block]] = other
-        self._before[other] = block
-        self._size[block], self._size[other] = n, rest
-        self._free.add(other)
-        insort(self._ready, rest << _BITS | other)
+        start, self._end = self._end, self._end + size + 1
+        if self.downwards:
+            start = _TOP - self._end
+        self._segments[start] = size
+        return size << _BITS | start
 
     def _release(self, block: int) -> None:
-        """Free a block; neighbours that are free become one with it."""
-        size, free, ready, last = self._size, self._free, self._ready, self._last
-        n = size[block]
-        if block in last:
-            end = True
-        else:
-            above = block + n
-            end = above in last
-            if above in free:
-                more = size[above]
-                del ready[bisect_left(ready, more << _BITS | above)]
-                free.discard(above)
-                last.discard(above)
-                n += more
-            else:
-                end = False
-        below = self._before.get(block, NOWHERE)
-        if below in free:
-            more = size[below]
-            del ready[bisect_left(ready, more << _BITS | below)]
-            last.discard(block)
-            block, n = below, n + more
-        if end:
-            last.add(block)
-            if block not in self._before:
-                self._whole.add(block)
-        else:
-            self._before[block + n] = block
-        size[block] = n
-        free.add(block)
-        insort(ready, n << _BITS | block)
+        """Free a block that has no free neighbours."""
+        start = block & _ADDRESS
+        self._starts[start] = self._ends[start + (block >> _BITS)] = block
+        insort(self._ready, block)
+        if start in self._segments:
+            self._whole.add(block)

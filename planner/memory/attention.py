@@ -284,8 +284,11 @@ def _eager(tape: Tape, p: Pass, spec: Attention, q: Tensor, k: Tensor, v: Tensor
     keys = tape.op((k,), k.bytes * groups) if groups > 1 else tape.hold(k)
     values = tape.op((v,), v.bytes * groups) if groups > 1 else tape.hold(v)
     narrow = tuple(tape.cast(item, width) if p.autocast else tape.hold(item) for item in (q, keys))
+    # matmul folds batch and heads into one dimension: a copy, unless repeating has made one
+    folds = p.batch > 1 and not p.train
+    copies = [tape.new(item.bytes) for item in narrow[: 2 if groups == 1 else 1]] if folds else []
     product = tape.op(narrow, scores * width, save=narrow)
-    tape.free(*narrow)
+    tape.free(*copies, *narrow)
     weights = tape.op((product,), scores * width)  # * scaling
     tape.free(product)
     if spec.softcap:
@@ -309,8 +312,9 @@ def _eager(tape: Tape, p: Pass, spec: Attention, q: Tensor, k: Tensor, v: Tensor
     tape.free(masked, soft)
     out_bytes = p.tokens * heads * (spec.value_dim or spec.head_dim) * width
     factors = tuple(tape.cast(item, width) if p.autocast else tape.hold(item) for item in (answered, values))
+    folded = tape.new(values.bytes) if folds and groups == 1 else None
     out = tape.op(factors, out_bytes, save=factors)
-    tape.free(*factors)
+    tape.free(folded, *factors)
     if share is not None:
         scaled = tape.op((out, share), out_bytes, save=(out, share))
         tape.free(out, share)

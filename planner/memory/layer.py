@@ -38,6 +38,8 @@ class LayerCost(Struct, frozen=True):
     """Bytes of parameter gradients this layer leaves behind."""
     width: int = 2
     """Bytes of an element of its output."""
+    saving_ops: int = 0
+    """Ops of a recorded forward that save something: recomputation ends at the last."""
 
 
 @lru_cache(maxsize=4096)
@@ -69,9 +71,10 @@ def layer_cost(layer: Layer, p: Pass, hidden: int, first: bool = False) -> Layer
     tape.free(out)
     backward_peak = _walk_back(tape, out, grad) + extra
     gradients = tape.live - (x.grad.bytes if x.grad is not None else 0) - _pinned(tape, x)
-    recompute_peak = _recompute_peak(layer, p, n, out.bytes, tape.saving_ops)
+    ops = tape.saving_ops
+    recompute_peak = _recompute_peak(layer, p, n, out.bytes, ops)
     return LayerCost(
-        forward_peak, output, leaked, kept, record_peak, backward_peak, recompute_peak, gradients, width
+        forward_peak, output, leaked, kept, record_peak, backward_peak, recompute_peak, gradients, width, ops
     )
 
 

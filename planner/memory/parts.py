@@ -14,8 +14,9 @@ from typing import Any
 from msgspec import Struct
 from msgspec.structs import replace
 
+from planner.memory.allocator import AT_ONCE
 from planner.memory.head import Ending, loss_of
-from planner.memory.layer import run_layer
+from planner.memory.layer import layer_cost, run_layer
 from planner.memory.shapes import Pass
 from planner.memory.tape import UNSPLIT, Tape, Tensor, booked, rounded
 from profiles.schema import Layer
@@ -87,7 +88,7 @@ class EventTape(Tape):
 
 
 Placed = tuple[tuple[int, int], ...]
-"""Requests (place, bytes) and frees (place, 0) on numbered places."""
+"""Requests (place, bytes) and frees (place, 0) on numbered places; (`AT_ONCE`, bytes) stands for both."""
 
 
 class Part(Struct, frozen=True):
@@ -142,7 +143,9 @@ class Places:
         later, copies = self._among(until, alive), self._among(cached, alive)
         left = tuple(place for place in alive if place not in {incoming, out, *later, *copies})
         brief = (*alive.items(), *((place, 0) for place in freed if place in before))
-        return Part(placed, brief, len(self._things), incoming, out, left, later, copies, keeps_input)
+        return Part(
+            _at_once(placed), brief, len(self._things), incoming, out, left, later, copies, keeps_input
+        )
 
     def _of(self, thing: object) -> int:
         found = self._number.get(id(thing))
@@ -158,6 +161,17 @@ class Places:
         return tuple(place for place in dict.fromkeys(map(self._known, things)) if place in alive)
 
 
+def _at_once(events: Placed) -> Placed:
+    """`events`, with a request that is followed by its free as one."""
+    found: list[tuple[int, int]] = []
+    for place, n in events:
+        if not n and found and found[-1][0] == place:
+            found[-1] = AT_ONCE, found[-1][1]
+        else:
+            found.append((place, n))
+    return tuple(found)
+
+
 # --------------------------------------------------------------------------- layers and the model's end
 
 
@@ -169,6 +183,7 @@ def layer_parts(
 
     `first`: the layer's input needs no gradient.
     """
+    saving_ops = layer_cost(layer, p, hidden).saving_ops if checkpointing else 0
     p = replace(p, hidden=hidden)
     n, places = rounded(p.tokens * hidden * p.stream), Places()
     tape = EventTape(recording=not checkpointing)
@@ -179,9 +194,7 @@ def layer_parts(
         tape.leave_autocast()
     forward = places.part(tape.events, x, out, tape.pinned, copies, checkpointing or x.refs > 1)
     if checkpointing:
-        counting = Tape()
-        run_layer(counting, p, Tensor(n, needs_grad=True, width=p.stream), layer)
-        tape, x, places = EventTape(stop_after=counting.saving_ops), Tensor(n, True, width=p.stream), Places()
+        tape, x, places = EventTape(stop_after=saving_ops), Tensor(n, True, width=p.stream), Places()
         out = run_layer(tape, p, x, layer)
         tape.leave_autocast()
     else:

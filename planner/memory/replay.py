@@ -56,32 +56,35 @@ class TrainingRun:
         self._input = rounded(p.tokens * arch.hidden_size * p.stream)
         self._layers: list[tuple[Part, Part]] = []
         checkpointing, width = how.gradient_checkpointing, p.stream
+        known: dict[tuple[int, int, bool], tuple[Part, Part, int]] = {}
         for index, kind in enumerate(arch.order):
             first = index == 0 and not p.full and not checkpointing
-            shape = replace(p, stream=width) if width != p.stream else p
-            forward, backward, width = layer_parts(
-                arch.kinds[kind], shape, arch.hidden_size, checkpointing, first
-            )
+            key = kind, width, first
+            if key not in known:
+                shape = replace(p, stream=width)
+                known[key] = layer_parts(arch.kinds[kind], shape, arch.hidden_size, checkpointing, first)
+            forward, backward, width = known[key]
             self._layers.append((forward, backward))
         fused = how.loss == "fused" or how.kernels == "liger"
         self._head = head_parts(ending(arch), replace(p, stream=width), fused, workspace)
         _, self._embeddings, self._width = trained_tensors(arch, work, p)
         self._sizes = trained_in_order(arch, work, p)
         self._tied, self._again = arch.head is None, work.gradient_accumulation_steps > 1
+        states = {size: self._large_states(size) for size in set(self._sizes)}
+        self._states = [n for size in self._sizes for n in states[size]]
         left = any(backward.left for _, backward in self._layers)
-        self._lasting = p.full or left or any(map(self._large_states, self._sizes))
+        self._lasting = p.full or left or bool(self._states)
         """Does the first step leave anything after its workspaces?"""
         count = arch.layers
         front, end, back = (DEEP, DEEP, DEEP) if p.full else (FIRST, LAST, BACK)
         self._whole_from, self._back_from = (front, count - end), count - back
         self._spaces = [NOWHERE, NOWHERE]
         self._gradients: list[int] = []
-        self.allocator = Allocator()
+        self.allocator = Allocator(downwards=True)
         for n in load_holes(arch, how.quant, WIDTH[how.dtype]):
             self.allocator.hole(n)
         if not p.full:
-            for size in self._sizes:
-                self.allocator.request(size * self._width)
+            self.allocator.keep(size * self._width for size in self._sizes)
 
     def play(self, cleared: bool = False) -> Played:
         """The first step, and one more in the segments that it leaves.
@@ -116,8 +119,7 @@ class TrainingRun:
         if self._again and not first:
             self._pass(first, again=True)
         self._optimizer(first)
-        for block in self._gradients:
-            self.allocator.give(block)
+        self.allocator.give_all(self._gradients)
         self._gradients.clear()
 
     def _pass(self, first: bool, again: bool) -> None:
@@ -197,21 +199,16 @@ class TrainingRun:
     def _optimizer(self, first: bool) -> None:
         allocator, kind = self.allocator, OPTIMIZERS[self._how.optimizer]
         if first:
-            for size in self._sizes:
-                for n in self._state_tensors(size):
-                    allocator.request(n)
+            allocator.keep(self._states)
         for blocks in step_temporaries(kind, self._sizes, self._width):
-            held = [allocator.request(n) for n in blocks]
-            for block in held:
-                allocator.give(block)
+            allocator.give_all(allocator.keep(blocks))
 
     # ---------------------------------------------------------------- blocks
 
-    def _state_tensors(self, size: int) -> Sequence[int]:
-        return state_tensors(OPTIMIZERS[self._how.optimizer], size, self._width, size in self._embeddings)
-
-    def _large_states(self, size: int) -> bool:
-        return any(n > UNSPLIT for n in self._state_tensors(size))
+    def _large_states(self, size: int) -> list[int]:
+        kind = OPTIMIZERS[self._how.optimizer]
+        found = state_tensors(kind, size, self._width, size in self._embeddings)
+        return [n for n in found if n > UNSPLIT]
 
     def _enter(self, part: Part, places: list[int], block: int) -> None:
         if part.given >= 0:

@@ -42,7 +42,8 @@ def test_figures_are_peak_slack_and_context(work: Workload, how: Strategy) -> No
     assert gpu.peak_moment == memory.peak.moment
     assert gpu.required_bytes == memory.peak.bytes + room.typical
     assert gpu.process_bytes == gpu.required_bytes + around.typical
-    assert gpu.low_bytes == int(memory.peak.bytes * 0.997 + room.low) + around.low
+    less = gpu.required_bytes - memory.peak.bytes * 0.997 - room.low, around.typical - around.low
+    assert gpu.low_bytes == gpu.process_bytes - int(math.hypot(*less))
     more = memory.peak.bytes * 1.003 + room.high - gpu.required_bytes, around.high - around.typical
     assert gpu.high_bytes == gpu.process_bytes + int(math.hypot(*more))
     assert gpu.moments == {"load": memory.load_peak_bytes, **memory.by_moment}

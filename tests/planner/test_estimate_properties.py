@@ -17,6 +17,7 @@ from msgspec.structs import replace
 from planner.estimate import architecture_of, estimate
 from planner.machine import machine_from_gpus
 from planner.memory.optimizer import OPTIMIZERS
+from planner.memory.replay_generation import MOST
 from planner.types import Estimate, GpuEstimate, Machine, Strategy, Workload
 from profiles.catalogue import load_model
 from profiles.hardware import load_gpu
@@ -95,12 +96,15 @@ def generation(draw: st.DrawFn) -> tuple[Workload, Strategy]:
 jobs = st.one_of(training(), generation())
 
 
-def no_less(more: GpuEstimate, less: GpuEstimate) -> None:
+def no_less(more: GpuEstimate, less: GpuEstimate, chance: float = 0.1) -> None:
+    """`chance`: share of what `less` takes beside its weights that holes may take or not: a large block finds
+    a place in one job and none in the next."""
+    holes = chance * (less.allocated_peak_bytes - less.load_bytes)
     assert more.load_bytes >= less.load_bytes
     assert more.allocated_peak_bytes >= less.allocated_peak_bytes
-    assert more.low_bytes >= SLACK * less.low_bytes
-    assert more.process_bytes >= SLACK * less.process_bytes
-    assert more.high_bytes >= SLACK * less.high_bytes
+    assert more.low_bytes >= SLACK * less.low_bytes - holes
+    assert more.process_bytes >= SLACK * less.process_bytes - holes
+    assert more.high_bytes >= SLACK * less.high_bytes - 1.5 * holes
 
 
 @quick
@@ -154,7 +158,7 @@ def test_generating_more_never_needs_less(
     work, how = job
     step = more if what.endswith("tokens") else 1 + more % 3
     larger = replace(work, **{what: getattr(work, what) + step})
-    no_less(on_card(model, larger, how), on_card(model, work, how))
+    no_less(on_card(model, larger, how), on_card(model, work, how), chance=MOST)
 
 
 @quick

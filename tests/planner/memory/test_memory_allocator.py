@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from planner.memory.allocator import NOWHERE, Allocator
+from planner.memory.allocator import AT_ONCE, NOWHERE, Allocator, address_of, size_of
 from planner.units import MIB
 
 SIZES = st.integers(1, 300 * MIB)
@@ -64,9 +64,10 @@ def test_rests_are_split_off_from_a_megabyte_on() -> None:
     allocator = Allocator()
     block = allocator.request(40 * MIB)
     allocator.give(block)
-    assert allocator.size(allocator.request(39 * MIB)) == 40 * MIB, "1 MiB is not split off"
-    allocator.give(block)
-    assert allocator.size(allocator.request(38 * MIB)) == 38 * MIB
+    again = allocator.request(39 * MIB)
+    assert size_of(again) == 40 * MIB, "1 MiB is not split off"
+    allocator.give(again)
+    assert size_of(allocator.request(38 * MIB)) == 38 * MIB
 
 
 def test_of_free_blocks_of_one_size_the_lowest_is_taken() -> None:
@@ -107,8 +108,9 @@ def test_bytes_add_up(sequence: list[tuple[int, int]], thrifty: bool) -> None:
 
 @given(events())
 def test_neighbours_never_overlap(sequence: list[tuple[int, int]]) -> None:
-    found, places = played(sequence)
-    stretches = sorted((block, block + found.size(block)) for block in places if block != NOWHERE)
+    _, places = played(sequence)
+    blocks = [block for block in places if block != NOWHERE]
+    stretches = sorted((address_of(block), address_of(block) + size_of(block)) for block in blocks)
     assert all(before[1] <= after[0] for before, after in pairwise(stretches))
 
 
@@ -117,3 +119,33 @@ def test_nothing_small_becomes_a_hole(n: int) -> None:
     allocator = Allocator()
     allocator.hole(n)
     assert allocator.reserved == 0
+
+
+def test_of_blocks_of_one_size_the_lowest_is_taken_wherever_the_segments_lie():
+    for downwards, first in ((False, 0), (True, 1)):
+        allocator = Allocator(downwards=downwards)
+        blocks = [allocator.request(64 * MIB) for _ in range(2)]
+        for block in blocks:
+            allocator.give(block)
+        assert allocator.request(64 * MIB) == blocks[first]
+
+
+@given(events())
+def test_a_thrifty_run_goes_another_way_only_where_segments_were_wasted(
+    sequence: list[tuple[int, int]],
+) -> None:
+    free, tight = played(sequence)[0], played(sequence, thrifty=True)[0]
+    if not free.wasteful:
+        assert free.state == tight.state and free.reserved_peak == tight.reserved_peak
+
+
+@given(events(), SIZES, st.booleans())
+def test_a_block_freed_at_once_is_a_request_and_a_free(
+    sequence: list[tuple[int, int]], size: int, thrifty: bool
+) -> None:
+    n = 512 * (1 + (MIB + size) // 512)
+    (one, places), (two, _) = played(sequence, thrifty), played(sequence, thrifty)
+    one.give(one.request(n))
+    two.play([(AT_ONCE, n)], places)
+    for name in ("state", "allocated", "reserved", "allocated_peak", "reserved_peak"):
+        assert getattr(one, name) == getattr(two, name), name
