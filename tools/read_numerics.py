@@ -279,7 +279,10 @@ def _shared_code(tree: ast.Module) -> bool:
 
 
 def _eager(tree: ast.Module) -> str | None:
-    """Eager attention whose softmax stays in its input's dtype (shifted), or is rescaled by a sink."""
+    """Eager attention whose softmax stays in its input's dtype (shifted), or is rescaled by a sink, or which
+    is written out in a layer that returns its weights (returned)."""
+    if "alibi.baddbmm(" in ast.unparse(tree):
+        return "returned"
     for node in tree.body:
         if isinstance(node, ast.FunctionDef) and node.name == "eager_attention_forward":
             text = ast.unparse(node)

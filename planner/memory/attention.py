@@ -289,6 +289,9 @@ def _eager(tape: Tape, p: Pass, spec: Attention, q: Tensor, k: Tensor, v: Tensor
     copies = [tape.new(item.bytes) for item in narrow[: 2 if groups == 1 else 1]] if folds else []
     product = tape.op(narrow, scores * width, save=narrow)
     tape.free(*copies, *narrow)
+    # models/bloom/modeling_bloom.py: the products stay by their name, and so do the weights that the layer
+    # before has returned, until this one returns its own
+    kept = [tape.hold(product), tape.new(scores * width)] if p.eager == "returned" and not p.train else []
     weights = tape.op((product,), scores * width)  # * scaling
     tape.free(product)
     if spec.softcap:
@@ -321,7 +324,7 @@ def _eager(tape: Tape, p: Pass, spec: Attention, q: Tensor, k: Tensor, v: Tensor
         out = scaled
     contiguous = tape.op((out,), out_bytes)
     tape.named.append(answered)  # eager attention returns its weights
-    tape.free(out, keys, values)
+    tape.free(out, keys, values, *kept)
     return contiguous
 
 

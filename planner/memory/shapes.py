@@ -75,7 +75,8 @@ class Pass(Struct, frozen=True, kw_only=True):
     shared_first: bool = False
     """Shared experts run before the routed ones."""
     eager: str = ""
-    """Eager attention less its maximum, in the dtype it has (shifted), or times a sink's share (rescaled)."""
+    """Eager attention less its maximum, in the dtype it has (shifted), or times a sink's share (rescaled), or
+    in layers that hand their weights on (returned)."""
     clamped_experts: bool = False
     """Experts clamp gate and up, and spell the activation out (GPT-OSS)."""
     float32_routers: bool = False
