@@ -90,7 +90,8 @@ def real() -> Plan:
     from profiles.hardware import load_gpu
 
     machine = machine_from_gpus([(load_gpu("rtx-4090"), 1)])
-    return planned(load_model("qwen2.5-0.5b"), machine, Workload(task="train", seq_len=1024))
+    job, pinned = Workload(task="train", seq_len=1024), {"loss": "full", "kernels": "torch"}
+    return planned(load_model("qwen2.5-0.5b"), machine, job, pinned=pinned)
 
 
 @pytest.mark.parametrize("moment", ["forward", "loss", "backward", "optimizer_step", "load"])

@@ -10,7 +10,7 @@ import pytest
 from memory_cases import known, llama_layer, tiny
 from msgspec.structs import replace
 
-from planner.memory.forward import linear, norm, outlier_share
+from planner.memory.forward import linear, norm, outlier_share, packed_rows
 from planner.memory.kvcache import filled_bytes
 from planner.memory.layer import layer_cost, layer_tensors
 from planner.memory.shapes import Pass
@@ -165,11 +165,20 @@ class TestQuantizedLinear:
     SPEC = Linear("mlp.up_proj", 64, 32)
     WEIGHT = 64 * 32 * 2
 
-    @pytest.mark.parametrize(("tokens", "workspace"), [(1, 0), (256, 0), (257, WEIGHT)])
+    @pytest.mark.parametrize(("tokens", "workspace"), [(1, 0), (32, 0), (33, WEIGHT)])
     def test_nf4_is_dequantized_for_many_tokens(self, tokens: int, workspace: int) -> None:
         tape = Tape()
         out = linear(tape, Pass(batch=1, seq=tokens, quant="nf4"), Tensor(0), self.SPEC)
         assert tape.peak == out.bytes + workspace
+
+    @pytest.mark.parametrize(
+        ("inputs", "outputs", "rows"),
+        [(8192, 28672, 64), (28672, 8192, 16), (4096, 4096, 7), (256, 8192, 320)],
+    )
+    def test_rows_of_the_packed_kernel_follow_the_shape(self, inputs: int, outputs: int, rows: int) -> None:
+        """Cases of bitsandbytes' own rule for the H100, by hand."""
+        assert packed_rows(inputs, outputs) == rows
+        assert packed_rows(inputs, outputs, width=4) == 7
 
     def test_nf4_backward_dequantizes_the_weight(self) -> None:
         tape = Tape()
