@@ -89,7 +89,7 @@ def measure(scratch: Path, model: str, quant: str, check: bool) -> dict[str, Any
     started = run(start)
     return {
         "model": model,
-        "command": f"python benchmarks/streaming/pack.py {' '.join(sys.argv[1:])}".strip(),
+        "command": f"python benchmarks/streaming/pack.py --model {model} --quant {quant}",
         "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d"),
         "checkpoint_seconds": made,
         "read_bytes_per_s": read,
