@@ -109,7 +109,7 @@ def _settle_libraries(train: bool) -> None:
     (without them the smallest working cap of the same run lies 1 to 20 % above its allocated peak).
     cuDNN's attention builds a plan for every new length of the cache, about a millisecond a layer and
     token: decoding Qwen2.5-7B on an H200 runs at 27 tokens/s with it and at 73 without. Nor are its results
-    the same from run to run (tests/gpu/test_gpu_streaming_equality.py, with and without it).
+    the same from run to run (benchmarks/streaming/repeats.py).
     """
     import torch
 

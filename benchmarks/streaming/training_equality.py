@@ -29,13 +29,13 @@ from unittest.mock import patch
 
 import equality  # sets cuBLAS' workspace before torch comes
 import torch
+from shuffled import Shuffled
 
 from executor.activation_offload import offloading
 from executor.engines import resident, stream
 from executor.losses import chunked_loss
 from executor.quiet import silence_loaded
 from executor.source import ModelSource
-from executor.streaming.schedule import Copy, Schedule
 from executor.train import keep_unpacked
 from planner.exact.adapters import add_adapters
 from planner.types import Quant, Workload
@@ -141,21 +141,6 @@ def vocabulary_outside(bench: Bench) -> int:
     with opened(bench, "nf4", 0, equality.OUTSIDE) as (model, loaded):
         got = train(bench, model, mode, away=True, fused=True)
     return report(bench, "nf4", loaded, mode, True, want, got, vocabulary="host")
-
-
-class Shuffled(Schedule):
-    """Looks ahead in no way, and puts layers into whatever slot comes next."""
-
-    turn = 0
-
-    def _fetch_ahead(self) -> list[Copy]:
-        return []
-
-    def _latest_needed(self) -> int | None:
-        reading = self._slot.get(self._reading) if self._reading is not None else None
-        free = [slot for slot in range(len(self._held)) if slot != reading]
-        self.turn += 1
-        return free[(self.turn // 3) % len(free)]
 
 
 def trap(bench: Bench, quant: Quant, mode: str) -> int:

@@ -136,10 +136,10 @@ _EXPANDABLE = {
     "train": ((0.012, 14 * MIB), (0.035, 52 * MIB)),
 }
 """Engine stream is the executor's own, which has expandable segments: share of the peak and bytes, typical
-and high. Eight generations on an H200 reserved 0.57 to 0.98 % more than they allocated
-(benchmarks/streaming/results.jsonl); training, by the caps of resident runs with expandable
-segments, of which the middle half needs 0.5 to 2 % (benchmarks/accuracy/results.jsonl, `expandable`). A cap
-leaves a page of 20 MiB free (`executor.vram_cap`)."""
+and high. Six generations on an H200 reserved 0.57 to 0.98 % more than they allocated; of the two others
+(benchmarks/streaming/results.jsonl) one was held by its loading, one had filled its cap. Training, by the
+caps of resident runs with expandable segments, of which the middle half needs 0.5 to 2 %
+(benchmarks/accuracy/results.jsonl, `expandable`). A cap leaves 20 MiB free (`executor.vram_cap`)."""
 _APART = 0.5
 """Of the difference between the played run's allocated peak and the estimate's, left open above."""
 

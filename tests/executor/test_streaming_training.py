@@ -14,11 +14,11 @@ import msgspec
 import torch
 from streaming_models import request, write_model
 
+from benchmarks.streaming.shuffled import Shuffled
 from executor.engines import resident, stream
 from executor.errors import CannotHonour
 from executor.source import ModelSource
 from executor.streaming import linears
-from executor.streaming.schedule import Copy, Schedule
 from executor.train import keep_unpacked
 from planner.exact.adapters import add_adapters
 
@@ -119,21 +119,6 @@ def test_evaluation_leaves_a_quantized_model_trainable(tmp_path: Path) -> None:
         with torch.no_grad():
             model.eval()(input_ids=ids)
     assert same(*seen)
-
-
-class Shuffled(Schedule):
-    """Looks ahead in no way, and puts layers into whatever slot comes next."""
-
-    turn = 0
-
-    def _fetch_ahead(self) -> list[Copy]:
-        return []
-
-    def _latest_needed(self) -> int | None:
-        reading = self._slot.get(self._reading) if self._reading is not None else None
-        free = [slot for slot in range(len(self._held)) if slot != reading]
-        self.turn += 1
-        return free[(self.turn // 3) % len(free)]
 
 
 @pytest.fixture
