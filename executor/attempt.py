@@ -152,7 +152,8 @@ class Attempt:
         train = self.plan.workload.task == "train"
         self.card.open(device, torch_dtype(self.candidate.strategy.dtype), train)
         if self.options.vram_cap_bytes is not None:
-            self._cap = VramCap(self.options.vram_cap_bytes, self.card, device)
+            paged = sum(gpu.managed_bytes for gpu in self.candidate.estimate.gpus[:1])
+            self._cap = VramCap(self.options.vram_cap_bytes, self.card, device, paged)
 
     def _load(self, load: Any, device: torch.device, outcome: Outcome) -> Loaded:
         import torch
@@ -226,8 +227,8 @@ class Attempt:
         managed = managed_bytes()
         if managed == 0:
             self._context = max(self._context or 0, self.card.context_bytes() or 0)
-            if self._cap is not None:
-                self._cap.tighten()
+        if self._cap is not None:
+            self._cap.tighten(managed)
 
     def _close(self, loaded: Loaded, device: torch.device, outcome: Outcome) -> None:
         assert self.meter is not None

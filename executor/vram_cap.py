@@ -1,8 +1,8 @@
 """`--vram-cap`: run as if the whole card had SIZE.
 
-The allocator gets a hard cap of SIZE minus the context measured in this process, so that reserved + context +
-managed stays within SIZE. The context grows while kernels are loaded for the first time; `tighten` follows
-it. With expandable segments the allocator holds what is asked for against its cap, but takes whole pages:
+The allocator gets a hard cap of SIZE minus the context measured in this process and minus the managed memory
+that a paged optimizer will make, so that reserved + context + managed stays within SIZE. The context grows
+while kernels are loaded for the first time; `tighten` follows it. With expandable segments the allocator holds what is asked for against its cap, but takes whole pages:
 one page is kept back for that.
 """
 
@@ -28,12 +28,17 @@ reserved 10 MiB more than its cap (benchmarks/streaming/results.jsonl)."""
 
 
 class VramCap:
-    """A hard cap on everything this process takes of one card."""
+    """A hard cap on everything this process takes of one card.
 
-    def __init__(self, size_bytes: int, card: Card, device: torch.device) -> None:
+    `managed_bytes`: managed memory that is to come. It is kept free from the beginning, since the allocator
+    fills its cap before the optimizer's first step.
+    """
+
+    def __init__(self, size_bytes: int, card: Card, device: torch.device, managed_bytes: int = 0) -> None:
         import torch
 
         self.size_bytes = size_bytes
+        self._managed = managed_bytes
         self._card, self._device = card, device
         self._total = torch.cuda.get_device_properties(device).total_memory
         self._context = 0
@@ -46,13 +51,14 @@ class VramCap:
     @property
     def allocator_bytes(self) -> int:
         """What the allocator may reserve now."""
-        return self.size_bytes - self._context - (PAGE if expandable_segments() else 0)
+        return self.size_bytes - self._context - self._managed - (PAGE if expandable_segments() else 0)
 
     def tighten(self, managed_bytes: int = 0) -> None:
-        """Measure the context again and lower the allocator's cap if it has grown.
+        """Measure the context again and lower the allocator's cap if it has grown, or if the `managed_bytes`
+        that are there now are more than were to come.
 
-        Errors: `CannotHonour` when the context and the page kept back leave nothing of the cap, or when the
-        context cannot be measured.
+        Errors: `CannotHonour` when what is kept back leaves nothing of the cap, or when the context cannot be
+        measured.
         """
         import torch
 
@@ -61,14 +67,15 @@ class VramCap:
             raise CannotHonour(
                 "--vram-cap needs NVML to measure the context", "install the driver's NVML library"
             )
-        context = measured - managed_bytes if managed_bytes else measured
-        if context <= self._context:
+        context = measured - managed_bytes
+        if context <= self._context and managed_bytes <= self._managed:
             return
-        self._context = context
+        self._context, self._managed = max(context, self._context), max(managed_bytes, self._managed)
         if self.allocator_bytes <= GRANULE:
+            paged = f" and {format_bytes(self._managed)} of managed memory" if self._managed else ""
             raise CannotHonour(
                 f"--vram-cap {format_bytes(self.size_bytes)} leaves nothing beside the context of "
-                f"{format_bytes(context)}"
+                f"{format_bytes(self._context)}{paged}"
             )
         if torch.cuda.memory_reserved(self._device) > self.allocator_bytes:
             torch.cuda.empty_cache()
