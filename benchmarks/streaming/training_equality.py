@@ -48,6 +48,7 @@ ROWS = 2
 NARROW = {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4, "vocab_size": 320}
 WAYS = (("none", False), *((mode, away) for mode in ("reentrant", "non-reentrant") for away in (False, True)))
 """Of checkpointing, and whether checkpoints go to RAM."""
+CASES = ("none-resident", "half-resident", "vocabulary", "traps")
 TRAPS: tuple[tuple[Quant, str], ...] = (("nf4", "none"), ("nf4", "non-reentrant"), ("int8", "none"))
 
 
@@ -91,18 +92,23 @@ def main() -> int:
     parser.add_argument("--steps", type=int, default=STEPS)
     parser.add_argument("--quant", nargs="+", choices=equality.QUANTS, default=equality.QUANTS)
     parser.add_argument("--cpu", action="store_true")
+    parser.add_argument("--cases", nargs="+", choices=CASES, default=CASES, help="only these")
     args = parser.parse_args()
     silence_loaded(debug=False)
     torch.use_deterministic_algorithms(True)  # with warnings only, attention's backward is not
     bench = bench_of(args.model, args.layers, args.cpu, args.steps)
-    unexpected = sum(attempt(compare, bench, quant) for quant in args.quant)
-    if "nf4" in args.quant:
+    unexpected = 0
+    for case, kept in (("none-resident", 0), ("half-resident", bench.layers // 2)):
+        if case in args.cases:
+            unexpected += sum(attempt(compare, bench, quant, kept) for quant in args.quant)
+    if "nf4" in args.quant and "vocabulary" in args.cases:
         unexpected += attempt(vocabulary_outside, bench)
-    unexpected += sum(attempt(trap, bench, quant, mode) for quant, mode in TRAPS if quant in args.quant)
+    if "traps" in args.cases:
+        unexpected += sum(attempt(trap, bench, quant, mode) for quant, mode in TRAPS if quant in args.quant)
     return int(unexpected > 0)
 
 
-def attempt(comparison: Callable[..., int], bench: Bench, *what: str) -> int:
+def attempt(comparison: Callable[..., int], bench: Bench, *what: Any) -> int:
     """A comparison, or 1 and its error printed, so that the others are still made."""
     try:
         return comparison(bench, *what)
@@ -118,18 +124,17 @@ def bench_of(model: str, layers: int, cpu: bool = False, steps: int = STEPS) -> 
     return Bench(model, config, torch.device("cpu") if cpu else equality.DEVICE, steps)
 
 
-def compare(bench: Bench, quant: Quant) -> int:
-    """Every way of checkpointing, no and every other layer resident; how many comparisons differ."""
+def compare(bench: Bench, quant: Quant, kept: int) -> int:
+    """Every way of checkpointing with `kept` layers resident; how many comparisons differ."""
     with opened(bench, quant, None) as (model, _):
         modes = dict.fromkeys(mode for mode, _ in WAYS)
         want = {mode: train(bench, model, mode) for mode in modes}
         # unequal here, it is the kernels and not the streaming
         unequal = report(bench, quant, None, "none", False, want["none"], train(bench, model, "none"))
-    for kept in (0, bench.layers // 2):
-        with opened(bench, quant, kept) as (model, loaded):
-            for mode, away in WAYS:
-                got = train(bench, model, mode, away=away)
-                unequal += report(bench, quant, loaded, mode, away, want[mode], got)
+    with opened(bench, quant, kept) as (model, loaded):
+        for mode, away in WAYS:
+            got = train(bench, model, mode, away=away)
+            unequal += report(bench, quant, loaded, mode, away, want[mode], got)
     return unequal
 
 

@@ -31,10 +31,11 @@ def bench(program: Any) -> Iterator[Any]:
     torch.use_deterministic_algorithms(False)
 
 
+@pytest.mark.parametrize("kept", [0, 2])
 @pytest.mark.parametrize("quant", ["none", "nf4", "int8"])
-def test_twenty_steps_equal_resident(program: Any, bench: Any, quant: str) -> None:
+def test_twenty_steps_equal_resident(program: Any, bench: Any, quant: str, kept: int) -> None:
     """Every way of checkpointing, on the card and in RAM, with no and every other layer resident."""
-    assert program.compare(bench, quant) == 0
+    assert program.compare(bench, quant, kept) == 0
 
 
 def test_twenty_steps_with_the_vocabulary_in_ram_equal_resident(program: Any, bench: Any) -> None:
