@@ -7,6 +7,9 @@ overlap the two):
     seconds = max(max(bytes / bandwidth, operations / rate) + small kernels, launches x host, streamed / link,
                   read / disk) + link + disk
 
+A training step has stretches with copies of their own, forward, loss and backward: two slots let no copy run
+ahead of its stretch, so where one waits for the link, the idle link of another is no help.
+
 Rates and efficiencies come from `planner.rates`, counts from `planner.work`.
 """
 
@@ -83,6 +86,9 @@ class Seconds(Struct, frozen=True):
     """Reads from disk under both."""
     alone: float = 0.0
     """Time in which nothing else runs: before the first launch, in an optimizer's step."""
+    parts: tuple[tuple[float, float], ...] = ()
+    """Stretches of the pass: what card or host take, and copies of layers under it. Empty where the whole
+    pass is one."""
 
     @property
     def card(self) -> float:
@@ -90,11 +96,23 @@ class Seconds(Struct, frozen=True):
         return max(self.memory, self.compute) + self.other
 
     @property
+    def busy(self) -> float:
+        """What the slower of card and host takes."""
+        return max(self.card, self.launch)
+
+    @property
+    def stretches(self) -> tuple[tuple[float, float], ...]:
+        """Busy time of each stretch, and the transfers that run beside it."""
+        copied = self.parts or ((self.busy, self.streamed),)
+        return (*copied, (self.busy, self.read))
+
+    @property
     def total(self) -> float:
         """The pass: card, host, streamed copies and reads side by side; what is alone and other transfers in
         turn with all."""
-        side_by_side = max(self.card, self.launch, self.streamed, self.read)
-        return side_by_side + self.link + self.disk + self.alone
+        copied = self.parts or ((self.busy, self.streamed),)
+        waiting = sum(max(0.0, copies - busy) for busy, copies in copied)
+        return max(self.busy + waiting, self.read) + self.link + self.disk + self.alone
 
     @property
     def bound(self) -> str:
@@ -215,34 +233,47 @@ def train_seconds(job: Job, rates: Rates, level: Level) -> Seconds | None:
     strategy, steps = job.strategy, job.workload.gradient_accumulation_steps
     again = int(strategy.gradient_checkpointing)
     tokens = job.workload.batch_size * job.workload.seq_len
-    forward, backward = (operations / rates.compute for operations in _train_operations(job, level))
+    work = _train_operations(job, level)
+    forward, loss, backward = (operations / rates.compute for operations in work)
     moving = rates.bandwidth * efficiency("elementwise_bandwidth", level)
-    moved_forward, moved_backward, weights = _train_bytes(job)
+    moved = _train_bytes(job)
+    moved_forward, moved_loss, moved_backward = (n / moving for n in moved.passes)
     unpacking = _dequantize(job, rates, level, 1)
-    early = moved_forward / moving + unpacking
-    late = moved_backward / moving + unpacking * (1 + again)
+    early = forward + moved_forward + unpacking
+    ending = loss + moved_loss
+    late = backward + moved_backward + unpacking * (1 + again)
     launching, launching_backward = _train_launches(job, level)
     # bitsandbytes waits for the card after each tensor, so none of its step runs beside backward
     updates = job.updates * efficiency("update_seconds_per_tensor", level)
     step = (efficiency("step_overhead_seconds", level) + updates) / steps
-    other, host = early + late, launching + launching_backward
+    products, host = forward + loss + backward, launching + launching_backward
+    other = early + ending + late - products
     if job.on_cpu:
         other, host = other + host, 0.0
     else:
-        other += max(0.0, launching - forward - early)
-    read = weights / rates.bandwidth
+        other += max(0.0, launching - early - ending)
+    read = moved.weights / rates.bandwidth
     link, streamed = _activation_seconds(job, rates, tokens), _streamed_seconds(job, rates, level)
     if link is None or streamed is None:
         return None
     copies, reads = streamed
-    if job.strategy.engine == "stream":  # what comes back, comes with the layers; what leaves, beside them
-        link, copies = 0.0, copies + link / 2
-    return Seconds(read, forward + backward, host, link, 0.0, other, copies, reads, step)
+    parts: tuple[tuple[float, float], ...] = ()
+    if job.strategy.engine == "stream" and not job.on_cpu:
+        there, between, back = (copies * n / max(1, job.traffic.link) for n in job.traffic.stretches)
+        # what comes back, comes with the layers; what leaves, beside them
+        back, copies, link = back + link / 2, copies + link / 2, 0.0
+        parts = (
+            (max(early, launching), there),
+            (ending, between),
+            (max(late, launching_backward), back),
+        )
+    return Seconds(read, products, host, link, 0.0, other, copies, reads, step, parts)
 
 
 @identities_cache
-def _train_operations(job: Job, level: Level) -> tuple[float, float]:
-    """Of matrix products and attention, forward and backward, over what each reaches of the card's rate."""
+def _train_operations(job: Job, level: Level) -> tuple[float, float, float]:
+    """Of matrix products and attention over what each reaches of the card's rate: of the layers forward, of
+    the output projection, of the layers backward."""
     work, workload, again = job.work, job.workload, int(job.strategy.gradient_checkpointing)
     tokens = workload.batch_size * workload.seq_len
     reached = efficiency("train_compute", level)
@@ -252,25 +283,33 @@ def _train_operations(job: Job, level: Level) -> tuple[float, float]:
     )
     attention = tokens * _pass_attention(job, workload.seq_len, level) / _attention_compute(job, 1.0, level)
     trained = 2 if workload.method == "full" else 1
-    backward = layers * (again + trained) + head * trained + attention * (again + _ATTENTION_BACKWARD)
-    return layers + head + attention, backward
+    backward = layers * (again + trained) + attention * (again + _ATTENTION_BACKWARD)
+    return layers + attention, head * (1 + trained), backward
+
+
+class TrainBytes(Struct, frozen=True):
+    """What a step moves beside its large products."""
+
+    passes: tuple[float, float, float]
+    """By the forward of the layers, the loss, and backward with the optimizer's share."""
+    weights: float
+    """Weights that are read."""
 
 
 @identity_cache
-def _train_bytes(job: Job) -> tuple[float, float, float]:
-    """Bytes of everything but large products, of forward and of backward with the optimizer's share; bytes of
-    weights that are read."""
+def _train_bytes(job: Job) -> TrainBytes:
     work, workload, strategy = job.work, job.workload, job.strategy
     again, tokens = int(strategy.gradient_checkpointing), workload.batch_size * workload.seq_len
     fused = strategy.loss == "fused" or strategy.kernels == "liger"
-    loss, loss_backward = (tokens * work.vocab_size * n for n in LOSS_BYTES[fused])
+    loss = tokens * work.vocab_size * sum(LOSS_BYTES[fused])
     count, full = job.elementwise, workload.method == "full"
     trained = work.weights if full else job.adapter_parameters
     step = _OPTIMIZER_TRAFFIC_BYTES * trained / workload.gradient_accumulation_steps
     if full:  # the embeddings' gradient, cleared and added to that of a tied output projection
         step += _EMBEDDING_GRADIENT_BYTES * work.hidden_size * work.vocab_size
-    backward = tokens * (count.backward_bytes + again * count.forward_bytes) + loss_backward + step
-    return tokens * count.forward_bytes + loss, backward, (2 + again) * read_bytes(work, strategy, tokens)
+    backward = tokens * (count.backward_bytes + again * count.forward_bytes) + step
+    weights = (2 + again) * read_bytes(work, strategy, tokens)
+    return TrainBytes((tokens * count.forward_bytes, loss, backward), weights)
 
 
 @identities_cache

@@ -62,7 +62,8 @@ def free_copies_tokens(
     time of their own; None where that is not known. Sizes are doubled, then a straight line is drawn."""
     rates = card_rates(machine, strategy.dtype, "typical")
     train = workload.task == "train"
-    few, less, times = 0, 0.0, 1
+    few, times = 0, 1
+    before: tuple[float, ...] = ()
     while times <= _MOST_TIMES:
         work = replace(workload, batch_size=times, gradient_accumulation_steps=1)
         if not train:
@@ -71,12 +72,12 @@ def free_copies_tokens(
         seconds = one_pass(_job(arch, False, 0, work, strategy, placement), rates, "typical")
         if seconds is None:
             return None
-        copies, busy = max(seconds.streamed, seconds.read), max(seconds.card, seconds.launch)
-        tokens = work.seq_len * times if train else work.prompt_tokens
-        if busy >= copies:
-            share = (copies - less) / (busy - less)
-            return max(1, ceil(few + (tokens - few) * share)) if copies else None
-        few, less, times = tokens, busy, 2 * times
+        tokens, stretches = work.seq_len * times if train else work.prompt_tokens, seconds.stretches
+        if all(busy >= copies for busy, copies in stretches):
+            lines = zip(stretches, before or (0.0,) * len(stretches), strict=True)
+            shares = [(copies - less) / (busy - less) for (busy, copies), less in lines if copies]
+            return max(1, ceil(few + (tokens - few) * max(0.0, *shares))) if shares else None
+        few, before, times = tokens, tuple(busy for busy, _ in stretches), 2 * times
     return None
 
 

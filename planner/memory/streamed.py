@@ -254,6 +254,8 @@ class Traffic(Struct, frozen=True):
 
     link: int = 0
     disk: int = 0
+    stretches: tuple[int, int, int] = (0, 0, 0)
+    """Of training: what comes over the link for the forward of the layers, for the loss, and for backward."""
 
 
 def traffic(parts: Parts, tiers: Tiers, train: bool) -> Traffic:
@@ -264,16 +266,26 @@ def traffic(parts: Parts, tiers: Tiers, train: bool) -> Traffic:
     places = tiers.places(parts.layers)
     streamed = [size for size, place in zip(parts.slabs, places, strict=True) if place != 0]
     on_disk = [size for size, place in zip(parts.slabs, places, strict=True) if place == "disk"]
-    blocks = parts.head_blocks if tiers.head_away else ()
-    return Traffic(_moved([*streamed, *blocks], SLOTS, train), _moved(on_disk, RING_BUFFERS, train))
-
-
-def _moved(sizes: list[int], places: int, train: bool) -> int:
-    if len(sizes) <= places:
-        return 0
+    blocks = list(parts.head_blocks if tiers.head_away else ())
     if not train:
-        return sum(sizes)
-    return 2 * sum(sizes) - sum(sizes[:places]) - sum(sizes[-places:])
+        return Traffic(sum(_up(streamed + blocks, SLOTS, turns=False)), sum(_up(on_disk, RING_BUFFERS, False)))
+    up, down = _up(streamed + blocks, SLOTS), _down(streamed + blocks, SLOTS)
+    layers = len(streamed)
+    stretches = sum(up[:layers]), sum(up[layers:]) + sum(down[layers:]), sum(down[:layers])
+    disk = sum(_up(on_disk, RING_BUFFERS)) + sum(_down(on_disk, RING_BUFFERS))
+    return Traffic(sum(stretches), disk, stretches)
+
+
+def _up(sizes: list[int], places: int, turns: bool = True) -> list[int]:
+    """What the way there brings, by item. `turns`: the first ones are left from the way back."""
+    if len(sizes) <= places:
+        return [0] * len(sizes)
+    return [0] * places + sizes[places:] if turns else sizes
+
+
+def _down(sizes: list[int], places: int) -> list[int]:
+    """What the way back brings: the last ones are left from the way there."""
+    return _up(sizes[::-1], places)[::-1]
 
 
 class Ladder(Struct, frozen=True):
