@@ -2,8 +2,8 @@
 
 The allocator gets a hard cap of SIZE minus the context measured in this process and minus the managed memory
 that a paged optimizer will make, so that reserved + context + managed stays within SIZE. The context grows
-while kernels are loaded for the first time; `tighten` follows it. With expandable segments the allocator holds what is asked for against its cap, but takes whole pages:
-one page is kept back for that.
+while kernels are loaded for the first time; `tighten` follows it. With expandable segments the allocator
+holds what is asked for against its cap, but takes whole pages: one page is kept back for that.
 """
 
 from __future__ import annotations

@@ -268,7 +268,9 @@ def traffic(parts: Parts, tiers: Tiers, train: bool) -> Traffic:
     on_disk = [size for size, place in zip(parts.slabs, places, strict=True) if place == "disk"]
     blocks = list(parts.head_blocks if tiers.head_away else ())
     if not train:
-        return Traffic(sum(_up(streamed + blocks, SLOTS, turns=False)), sum(_up(on_disk, RING_BUFFERS, False)))
+        return Traffic(
+            sum(_up(streamed + blocks, SLOTS, turns=False)), sum(_up(on_disk, RING_BUFFERS, False))
+        )
     up, down = _up(streamed + blocks, SLOTS), _down(streamed + blocks, SLOTS)
     layers = len(streamed)
     stretches = sum(up[:layers]), sum(up[layers:]) + sum(down[layers:]), sum(down[:layers])

@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import sys
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -69,8 +71,11 @@ def test_equals_a_load_without(tmp_path: Path, kind: str, quant: str, changes: d
     assert size - 4096 <= slab.nbytes <= size + beside, "what is said before is what comes"
 
 
-def test_the_disk_waits_for_no_large_block_at_first(packed: ModelSource) -> None:
+def test_the_disk_waits_for_no_large_block_at_first(
+    packed: ModelSource, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Memory of a vocabulary's size takes long to page-lock; it is, while smaller blocks are read."""
+    monkeypatch.setattr("executor.streaming.slab_reader._FEEDERS", 1)
     assert packed.folder is not None
     slab, placed = SlabFile.open(found(packed.folder)), []
 
@@ -80,6 +85,25 @@ def test_the_disk_waits_for_no_large_block_at_first(packed: ModelSource) -> None
 
     blocks = SlabReader(slab, slab.index.blocks, place, torch.device("cpu")).wait()
     assert placed == sorted(placed) and len(blocks) == len(slab.index.blocks)
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_the_interpreter_switches_threads_as_before_when_all_is_read(
+    packed: ModelSource, fails: bool
+) -> None:
+    assert packed.folder is not None
+    slab, before = SlabFile.open(found(packed.folder)), sys.getswitchinterval()
+
+    def place(block: BlockEntry) -> torch.Tensor:
+        assert sys.getswitchinterval() < before
+        if fails:
+            raise MemoryError
+        return torch.empty(block.nbytes, dtype=torch.uint8)
+
+    reader = SlabReader(slab, slab.index.blocks, place, torch.device("cpu"))
+    with pytest.raises(MemoryError) if fails else nullcontext():
+        reader.wait()
+    assert sys.getswitchinterval() == before
 
 
 def test_nothing_of_the_checkpoint_is_read(packed: ModelSource, monkeypatch: pytest.MonkeyPatch) -> None:
