@@ -226,11 +226,12 @@ def _adapter(linear: Linear, packed: bool, how: _How) -> Iterator[Count]:
     yield GRADIENTS_MEET.over(ins)
 
 
-LOSS_BYTES = {False: (20.0, 22.0), True: (0.0, 20.0)}
-"""Of cross-entropy for a token and vocabulary entry, forward and backward, by whether it is fused.
+LOSS_BYTES = {"full": 42.0, "liger": 20.0, "chunked": 70.0}
+"""Of cross-entropy for a token and vocabulary entry, forward and backward.
 
-Not fused: logits to float32 for the loss and again for what the Trainer keeps, log_softmax; its gradient,
-that of log_softmax, back to 16 bits. Fused: both at once, a chunk at a time.
+Full: logits to float32 for the loss and again for what the Trainer keeps, log_softmax; its gradient, that of
+log_softmax, back to 16 bits. Liger: both at once, a chunk at a time. Chunked (`planner.exact.chunked_loss`):
+logits to float32 twice, once with the passes of logsumexp over them, once with those of their gradient.
 """
 
 __all__ = ["LOSS_BYTES", "Count", "elementwise"]

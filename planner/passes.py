@@ -15,7 +15,7 @@ Rates and efficiencies come from `planner.rates`, counts from `planner.work`.
 
 from __future__ import annotations
 
-from math import ceil
+from math import ceil, inf
 
 from msgspec import Struct
 
@@ -70,6 +70,16 @@ class Job(Struct, frozen=True):
     """What engine stream moves in a pass, or in forward and backward together."""
 
 
+def side_by_side(card: float, host: float, overlap: float) -> float:
+    """What two take that work beside each other, in norm `overlap`: the slower of them where it is infinite.
+
+    Long kernels and short ones take turns in a layer, so each is the slower one for a while, and what is
+    queued evens that out only in part.
+    """
+    slower, faster = max(card, host), min(card, host)
+    return slower * (1.0 + (faster / slower) ** overlap) ** (1.0 / overlap) if faster > 0 else slower
+
+
 class Seconds(Struct, frozen=True):
     """Time of one pass by what it waits for."""
 
@@ -86,6 +96,8 @@ class Seconds(Struct, frozen=True):
     """Reads from disk under both."""
     alone: float = 0.0
     """Time in which nothing else runs: before the first launch, in an optimizer's step."""
+    overlap: float = inf
+    """How well card and host hide behind each other (`side_by_side`)."""
     parts: tuple[tuple[float, float], ...] = ()
     """Stretches of the pass: what card or host take, and copies of layers under it. Empty where the whole
     pass is one."""
@@ -97,8 +109,8 @@ class Seconds(Struct, frozen=True):
 
     @property
     def busy(self) -> float:
-        """What the slower of card and host takes."""
-        return max(self.card, self.launch)
+        """What card and host take together."""
+        return side_by_side(self.card, self.launch, self.overlap)
 
     @property
     def stretches(self) -> tuple[tuple[float, float], ...]:
@@ -257,17 +269,18 @@ def train_seconds(job: Job, rates: Rates, level: Level) -> Seconds | None:
     if link is None or streamed is None:
         return None
     copies, reads = streamed
+    overlap = inf if job.on_cpu else efficiency("train_overlap", level)
     parts: tuple[tuple[float, float], ...] = ()
     if job.strategy.engine == "stream" and not job.on_cpu:
         there, between, back = (copies * n / max(1, job.traffic.link) for n in job.traffic.stretches)
         # what comes back, comes with the layers; what leaves, beside them
         back, copies, link = back + link / 2, copies + link / 2, 0.0
         parts = (
-            (max(early, launching), there),
+            (side_by_side(early, launching, overlap), there),
             (ending, between),
-            (max(late, launching_backward), back),
+            (side_by_side(late, launching_backward, overlap), back),
         )
-    return Seconds(read, products, host, link, 0.0, other, copies, reads, step, parts)
+    return Seconds(read, products, host, link, 0.0, other, copies, reads, step, overlap, parts)
 
 
 @identities_cache
@@ -284,7 +297,15 @@ def _train_operations(job: Job, level: Level) -> tuple[float, float, float]:
     attention = tokens * _pass_attention(job, workload.seq_len, level) / _attention_compute(job, 1.0, level)
     trained = 2 if workload.method == "full" else 1
     backward = layers * (again + trained) + attention * (again + _ATTENTION_BACKWARD)
-    return layers + attention, head * (1 + trained), backward
+    twice = int(_loss(job.strategy) == "chunked")  # logits are computed again for their gradient
+    return layers + attention, head * (1 + twice + trained), backward
+
+
+def _loss(strategy: Strategy) -> str:
+    """Who computes the loss, as `LOSS_BYTES` names it."""
+    if strategy.kernels == "liger":
+        return "liger"
+    return "chunked" if strategy.loss == "fused" else "full"
 
 
 class TrainBytes(Struct, frozen=True):
@@ -300,8 +321,7 @@ class TrainBytes(Struct, frozen=True):
 def _train_bytes(job: Job) -> TrainBytes:
     work, workload, strategy = job.work, job.workload, job.strategy
     again, tokens = int(strategy.gradient_checkpointing), workload.batch_size * workload.seq_len
-    fused = strategy.loss == "fused" or strategy.kernels == "liger"
-    loss = tokens * work.vocab_size * sum(LOSS_BYTES[fused])
+    loss = tokens * work.vocab_size * LOSS_BYTES[_loss(strategy)]
     count, full = job.elementwise, workload.method == "full"
     trained = work.weights if full else job.adapter_parameters
     step = _OPTIMIZER_TRAFFIC_BYTES * trained / workload.gradient_accumulation_steps
@@ -328,7 +348,12 @@ def _train_launches(job: Job, level: Level) -> tuple[float, float]:
     )
     forward = kernel * job.elementwise.forward_kernels + packed
     backward = kernel * efficiency("backward_host_share", level) * job.elementwise.backward_kernels + packed
-    return forward, backward + again * forward + checkpoint
+    backward += again * forward + checkpoint
+    if job.strategy.engine != "stream":
+        return forward, backward
+    away = job.placement.layers_in_ram + job.placement.layers_on_disk
+    carried = away * efficiency("streamed_layer_host_seconds", level) / 2
+    return forward + carried, backward + carried
 
 
 def _activation_seconds(job: Job, rates: Rates, tokens: int) -> float | None:

@@ -1,10 +1,10 @@
 """Reading a slab file into memory: threads read, check and send on, block after block.
 
 Blocks for host memory are read where they will stay; blocks for the card pass through a few page-locked
-buffers. While blocks are read, memory for the next ones is mapped and page-locked by a few threads: one alone
-may be slower than the disk where the system has to find the pages first. The disk would wait for that only at
-first, so the largest blocks, tables of a vocabulary, come last. There are twice as many threads as keep a
-disk busy, for at any time some check what they have read, or wait for the card.
+buffers. While a block is read, memory for the next ones is mapped and page-locked, several times faster than
+it is filled; the disk would wait for that only at first, so the largest blocks, tables of a vocabulary, come
+last. There are twice as many threads as keep a disk busy, for at any time some check what they have read, or
+wait for the card.
 
 Meanwhile transformers builds the model: Python that gives up the interpreter only when another thread has
 waited for the switch interval, by default as long as a stretch takes to be read. It is made shorter until
@@ -24,7 +24,6 @@ from executor.streaming.direct_io import THREADS, DirectFile, Staging, copied
 from executor.streaming.slab_file import CHECKED_BYTES, BlockEntry, SlabFile, check_bytes, refuse
 
 _READERS = 2 * THREADS
-_FEEDERS = 4
 _SWITCH_SECONDS = 0.0002
 """Of the interpreter's switch interval. A reader waits that long for a busy thread, several times a stretch;
 the default of 5 ms is about what the disk takes for one."""
@@ -36,7 +35,7 @@ Place = Callable[[BlockEntry], torch.Tensor]
 class SlabReader:
     """Reads blocks of `slab` in the background from the moment it is made.
 
-    `place`: called in threads of its own, for several blocks at a time.
+    `place`: called in a thread of its own, one block after the other.
     """
 
     def __init__(
@@ -52,17 +51,17 @@ class SlabReader:
         self._interval = sys.getswitchinterval()
         sys.setswitchinterval(min(self._interval, _SWITCH_SECONDS))
         self._pool = ThreadPoolExecutor(_READERS, thread_name_prefix="slab-reader")
-        self._feeder = ThreadPoolExecutor(_FEEDERS, thread_name_prefix="slab-memory")
-        ordered = sorted(blocks, key=_last_what_is_large)
-        self._fed = [self._feeder.submit(self._feed, block) for block in ordered]
+        self._feeder = ThreadPoolExecutor(1, thread_name_prefix="slab-memory")
+        self._fed = self._feeder.submit(self._feed, sorted(blocks, key=_last_what_is_large))
 
-    def _feed(self, block: BlockEntry) -> None:
-        if self._stopped.is_set():
-            return
-        target = self._targets[block.offset] = self._place(block)
-        read = self._read if self._staging is None or target.device.type == "cpu" else self._read_through
-        for at in range(0, block.nbytes, CHECKED_BYTES):
-            self._stretches.append(self._pool.submit(read, block, at, target[at : at + CHECKED_BYTES]))
+    def _feed(self, blocks: Sequence[BlockEntry]) -> None:
+        for block in blocks:
+            if self._stopped.is_set():
+                return
+            target = self._targets[block.offset] = self._place(block)
+            read = self._read if self._staging is None or target.device.type == "cpu" else self._read_through
+            for at in range(0, block.nbytes, CHECKED_BYTES):
+                self._stretches.append(self._pool.submit(read, block, at, target[at : at + CHECKED_BYTES]))
 
     def _read(self, block: BlockEntry, at: int, target: torch.Tensor) -> None:
         if self._stopped.is_set():
@@ -89,8 +88,7 @@ class SlabReader:
         Errors: `BadWeights` for damaged bytes, `OSError`, and whatever `place` raises.
         """
         try:
-            for fed in self._fed:
-                fed.result()
+            self._fed.result()
             for stretch in self._stretches:
                 stretch.result()
         finally:
@@ -103,7 +101,7 @@ class SlabReader:
             return
         self._closed = True
         self._stopped.set()
-        self._feeder.shutdown(cancel_futures=True)
+        self._feeder.shutdown()
         self._pool.shutdown(cancel_futures=True)
         sys.setswitchinterval(self._interval)
         self._file.close()
