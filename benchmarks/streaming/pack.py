@@ -10,8 +10,9 @@ for the slab file), then in processes of their own:
   direct and buffered reads of the checkpoint, dropped from the cache before; direct writes by four threads
   and fsync.
 - a second start, the slab file dropped from the cache: from the first byte asked for to the first token, with
-  libraries and card ready before; bytes of the file per second against the best read of the file itself. The
-  same pass again tells what of it is computing: on a CPU nearly all, so only a card's share says much.
+  modules imported and the card ready before; bytes of the file per second against the best read of the file
+  itself. The same pass again tells what of it is computing: on a CPU nearly all, so only a card's share says
+  much.
 
 --check compares the logits of that start with those of a load without the file. One JSON line is appended to
 pack.jsonl and printed.
@@ -21,6 +22,7 @@ from __future__ import annotations
 
 import argparse
 import datetime
+import importlib
 import json
 import os
 import subprocess
@@ -268,6 +270,8 @@ def second_start(folder: Path, quant: str, check: bool) -> dict[str, Any]:
     silence_loaded(debug=False)
     request = _request(folder, quant)
     _warm(request.device)
+    _import_all(folder)
+    known = set(sys.modules)
     began: list[float] = []
     stock = slab_load.SlabReader
 
@@ -300,6 +304,7 @@ def second_start(folder: Path, quant: str, check: bool) -> dict[str, Any]:
         "share_of_disk": size / (first_token - began[0]) / rate,
         "layers_resident": loaded.layers_resident,
         "token": token,
+        "modules_imported_meanwhile": len(set(sys.modules) - known),
         "notes": loaded.notes,
     }
     if check:
@@ -351,6 +356,28 @@ def _warm(device: Any) -> None:
     x = torch.randn(256, 256, dtype=torch.bfloat16, device=device)
     packed, state = quantize_4bit(x, quant_type="nf4", compress_statistics=True)
     (x @ dequantize_4bit(packed, state)).sum().item()
+
+
+_IMPORTED_BY_LOADING = (
+    "transformers.generation.utils",
+    "transformers.integrations.bitsandbytes",
+    "executor.engines.accelerate",
+    "executor.packed_experts",
+    "executor.streaming.linears",
+    "executor.streaming.saved",
+    "executor.streaming.slab_use",
+    "planner.inspect.live",
+)
+
+
+def _import_all(folder: Path) -> None:
+    """Modules that a load imports on its way: those above, the model's and its tokenizer's."""
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+    for name in _IMPORTED_BY_LOADING:
+        importlib.import_module(name)
+    AutoTokenizer.from_pretrained(folder)
+    AutoModelForCausalLM._model_mapping[type(AutoConfig.from_pretrained(folder))]
 
 
 def _equal_without_file(folder: Path, slab: Path, request: Any, loaded: Any, ids: Any) -> bool:

@@ -24,8 +24,10 @@ from executor.streaming.direct_io import THREADS, DirectFile, Staging, copied
 from executor.streaming.slab_file import CHECKED_BYTES, BlockEntry, SlabFile, check_bytes, refuse
 
 _READERS = 2 * THREADS
+_PIECE_BYTES = 2 * CHECKED_BYTES
+"""Read at a time: the more, the less often a reader has to wait for the interpreter."""
 _SWITCH_SECONDS = 0.0002
-"""Of the interpreter's switch interval. A reader waits that long for a busy thread, several times a stretch;
+"""Of the interpreter's switch interval. A reader waits that long for a busy thread, several times a piece;
 the default of 5 ms is about what the disk takes for one."""
 
 Place = Callable[[BlockEntry], torch.Tensor]
@@ -44,10 +46,10 @@ class SlabReader:
         """Errors: `OSError` when the file cannot be opened."""
         self._slab, self._place, self._device = slab, place, device
         self._file = DirectFile(slab.path)
-        self._staging = Staging(device, _READERS, CHECKED_BYTES) if device.type == "cuda" else None
+        self._staging = Staging(device, _READERS, _PIECE_BYTES) if device.type == "cuda" else None
         self._stopped, self._closed = threading.Event(), False
         self._targets: dict[int, torch.Tensor] = {}
-        self._stretches: list[Future[None]] = []
+        self._pieces: list[Future[None]] = []
         self._interval = sys.getswitchinterval()
         sys.setswitchinterval(min(self._interval, _SWITCH_SECONDS))
         self._pool = ThreadPoolExecutor(_READERS, thread_name_prefix="slab-reader")
@@ -60,8 +62,8 @@ class SlabReader:
                 return
             target = self._targets[block.offset] = self._place(block)
             read = self._read if self._staging is None or target.device.type == "cpu" else self._read_through
-            for at in range(0, block.nbytes, CHECKED_BYTES):
-                self._stretches.append(self._pool.submit(read, block, at, target[at : at + CHECKED_BYTES]))
+            for at in range(0, block.nbytes, _PIECE_BYTES):
+                self._pieces.append(self._pool.submit(read, block, at, target[at : at + _PIECE_BYTES]))
 
     def _read(self, block: BlockEntry, at: int, target: torch.Tensor) -> None:
         if self._stopped.is_set():
@@ -74,10 +76,10 @@ class SlabReader:
         assert self._staging is not None
         buffer = self._staging.take()
         try:
-            stretch = buffer[: len(target)]
-            self._read(block, at, stretch)
+            piece = buffer[: len(target)]
+            self._read(block, at, piece)
             with torch.cuda.device(self._device):
-                target.copy_(stretch, non_blocking=True)
+                target.copy_(piece, non_blocking=True)
                 copied(self._device).synchronize()
         finally:
             self._staging.give(buffer)
@@ -89,8 +91,8 @@ class SlabReader:
         """
         try:
             self._fed.result()
-            for stretch in self._stretches:
-                stretch.result()
+            for piece in self._pieces:
+                piece.result()
         finally:
             self.close()
         return self._targets

@@ -71,11 +71,8 @@ def test_equals_a_load_without(tmp_path: Path, kind: str, quant: str, changes: d
     assert size - 4096 <= slab.nbytes <= size + beside, "what is said before is what comes"
 
 
-def test_the_disk_waits_for_no_large_block_at_first(
-    packed: ModelSource, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_disk_waits_for_no_large_block_at_first(packed: ModelSource) -> None:
     """Memory of a vocabulary's size takes long to page-lock; it is, while smaller blocks are read."""
-    monkeypatch.setattr("executor.streaming.slab_reader._FEEDERS", 1)
     assert packed.folder is not None
     slab, placed = SlabFile.open(found(packed.folder)), []
 
