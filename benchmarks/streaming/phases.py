@@ -62,6 +62,7 @@ def main() -> int:
             "command": f"executor {shlex.join(command)}",
             "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d"),
             **means(marks),
+            **allocator(),
         }
         with open(args.results, "a") as file:
             file.write(json.dumps(row) + "\n")
@@ -103,6 +104,15 @@ def means(marks: list[Mark]) -> dict[str, Any]:
         "card_ms": {part: round(sum(found) / len(found), 1) for part, found in card.items()},
         "host_ms": {part: round(sum(found) / len(found), 1) for part, found in host.items()},
     }
+
+
+def allocator() -> dict[str, Any]:
+    """How often the allocator asked the driver for memory, gave some back, and gave all back to go on."""
+    import torch
+
+    books = torch.cuda.memory_stats()
+    names = ("num_device_alloc", "num_device_free", "num_alloc_retries", "num_sync_all_streams")
+    return {name: books.get(name, 0) for name in names}
 
 
 if __name__ == "__main__":

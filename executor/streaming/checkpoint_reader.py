@@ -87,7 +87,7 @@ class CheckpointReader:
             self._places |= {name: (file, stored) for name, stored in shard.tensors.items()}
         self._staging = Staging(device, _BUFFERS, STRETCH_BYTES)
         self._own = Staging(device, 1, STRETCH_BYTES)
-        self._pool = ThreadPoolExecutor(THREADS, thread_name_prefix="checkpoint-reader")
+        self._pool = ThreadPoolExecutor(2 * THREADS, thread_name_prefix="checkpoint-reader")
         self._ahead: deque[tuple[str, list[Future[torch.Tensor]]]] = deque()
         self._to_read: deque[tuple[_Part, Future[torch.Tensor]]] = deque()
         self._turn, self._ending = threading.Lock(), threading.Lock()

@@ -10,6 +10,9 @@ import errno
 import mmap
 import os
 import queue
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Protocol, Self
@@ -22,6 +25,22 @@ ALIGNMENT = 4096
 THREADS = 4
 """More than two keep an NVMe disk busy; more than eight have not been seen to help."""
 STRETCH_BYTES = 16 * 2**20
+
+
+SWITCH_SECONDS = 0.0002
+"""Of the interpreter's switch interval while threads move bytes. One that is ready waits that long for a busy
+thread, several times for each stretch; the default of 5 ms is about what a disk takes for a stretch."""
+
+
+@contextmanager
+def switching_fast() -> Iterator[None]:
+    """Within, threads of this module are not held up by Python that builds or quantizes a model."""
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(min(before, SWITCH_SECONDS))
+    try:
+        yield
+    finally:
+        sys.setswitchinterval(before)
 
 
 def aligned_memory(nbytes: int) -> torch.Tensor:

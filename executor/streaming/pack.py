@@ -21,6 +21,7 @@ from executor.errors import CannotWrite
 from executor.load import load_model
 from executor.source import ModelSource
 from executor.streaming.checkpoint_reader import reading_ahead
+from executor.streaming.direct_io import switching_fast
 from executor.streaming.loader_hooks import standing_in
 from executor.streaming.loading import handing_over
 from executor.streaming.slab_packer import SlabPacker
@@ -127,6 +128,7 @@ def _write(job: PackJob, writer: SlabWriter, steps: ui.Steps | None) -> None:
 
     packer = SlabPacker(writer, packed)
     with ExitStack() as stack:
+        stack.enter_context(switching_fast())
         stack.enter_context(handing_over(packer))
         stack.enter_context(standing_in(packer.has, packer.skip))
         stack.enter_context(reading_ahead(job.source, job.device, writer.done))

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from executor.streaming.arena import Arena, require_room
-from executor.streaming.direct_io import DirectFile
+from executor.streaming.direct_io import DirectFile, switching_fast
 from executor.streaming.disk_tier import layers_on_disk, ring_bytes
 from executor.streaming.forms import make_parameter
 from executor.streaming.layers import Stack, find_stack, tied_names
@@ -83,10 +83,11 @@ class SlabLoad:
         require_room(ring + sum(block.nbytes for block in loaded if self._waits_on_host(block)))
         reader = SlabReader(self._slab, loaded, self._place, self._device)
         try:
-            with handing_over(self), reading_instead(self._stand_ins), standing_in(self._has, self._make):
-                yield
-            self.stack = find_stack(self._model)
-            self._blocks = reader.wait()
+            with switching_fast():
+                with handing_over(self), reading_instead(self._stand_ins), standing_in(self._has, self._make):
+                    yield
+                self.stack = find_stack(self._model)
+                self._blocks = reader.wait()
         finally:
             reader.close()
         for block in self._slab.index.blocks:

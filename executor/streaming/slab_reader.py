@@ -5,15 +5,10 @@ buffers. While a block is read, memory for the next ones is mapped and page-lock
 it is filled; the disk would wait for that only at first, so the largest blocks, tables of a vocabulary, come
 last. There are twice as many threads as keep a disk busy, for at any time some check what they have read, or
 wait for the card.
-
-Meanwhile transformers builds the model: Python that gives up the interpreter only when another thread has
-waited for the switch interval, by default as long as a stretch takes to be read. It is made shorter until
-all is there.
 """
 
 from __future__ import annotations
 
-import sys
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -26,9 +21,6 @@ from executor.streaming.slab_file import CHECKED_BYTES, BlockEntry, SlabFile, ch
 _READERS = 2 * THREADS
 _PIECE_BYTES = 2 * CHECKED_BYTES
 """Read at a time: the more, the less often a reader has to wait for the interpreter."""
-_SWITCH_SECONDS = 0.0002
-"""Of the interpreter's switch interval. A reader waits that long for a busy thread, several times a piece;
-the default of 5 ms is about what the disk takes for one."""
 
 Place = Callable[[BlockEntry], torch.Tensor]
 """Memory for a block: 1-D uint8 on the host or on a card."""
@@ -50,8 +42,6 @@ class SlabReader:
         self._stopped, self._closed = threading.Event(), False
         self._targets: dict[int, torch.Tensor] = {}
         self._pieces: list[Future[None]] = []
-        self._interval = sys.getswitchinterval()
-        sys.setswitchinterval(min(self._interval, _SWITCH_SECONDS))
         self._pool = ThreadPoolExecutor(_READERS, thread_name_prefix="slab-reader")
         self._feeder = ThreadPoolExecutor(1, thread_name_prefix="slab-memory")
         self._fed = self._feeder.submit(self._feed, sorted(blocks, key=_last_what_is_large))
@@ -105,7 +95,6 @@ class SlabReader:
         self._stopped.set()
         self._feeder.shutdown()
         self._pool.shutdown(cancel_futures=True)
-        sys.setswitchinterval(self._interval)
         self._file.close()
         if self._staging is not None:
             self._staging.close()

@@ -85,22 +85,23 @@ def test_the_disk_waits_for_no_large_block_at_first(packed: ModelSource) -> None
 
 
 @pytest.mark.parametrize("fails", [False, True])
-def test_the_interpreter_switches_threads_as_before_when_all_is_read(
-    packed: ModelSource, fails: bool
+def test_threads_switch_fast_until_all_is_read(
+    packed: ModelSource, monkeypatch: pytest.MonkeyPatch, fails: bool
 ) -> None:
-    assert packed.folder is not None
-    slab, before = SlabFile.open(found(packed.folder)), sys.getswitchinterval()
+    """Readers would wait for the thread that builds the model; afterwards all is as it was."""
+    before, seen = sys.getswitchinterval(), []
+    stock = SlabReader.wait
 
-    def place(block: BlockEntry) -> torch.Tensor:
-        assert sys.getswitchinterval() < before
+    def wait(reader: SlabReader) -> Any:
+        seen.append(sys.getswitchinterval())
         if fails:
             raise MemoryError
-        return torch.empty(block.nbytes, dtype=torch.uint8)
+        return stock(reader)
 
-    reader = SlabReader(slab, slab.index.blocks, place, torch.device("cpu"))
+    monkeypatch.setattr(SlabReader, "wait", wait)
     with pytest.raises(MemoryError) if fails else nullcontext():
-        reader.wait()
-    assert sys.getswitchinterval() == before
+        stream.load(request(packed, "nf4", 1)).close()
+    assert seen[0] < before and sys.getswitchinterval() == before
 
 
 def test_nothing_of_the_checkpoint_is_read(packed: ModelSource, monkeypatch: pytest.MonkeyPatch) -> None:
