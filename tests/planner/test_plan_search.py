@@ -183,10 +183,12 @@ def test_more_card_memory_never_takes_a_way_that_fits(gib, more, job):
     def fitting(size):
         machine = machine_from_gpus([], vram_bytes=size * GIB, ram_bytes=64 * GIB)
         found = search(MODEL, machine, job, pinned={"placement": "full_gpu"}, estimator=estimate)
-        return {(c.strategy.quant, c.estimate.verdict) for c in found.candidates}
+        # a way that is tight is passed over beside another one that has come to fit: it still runs
+        ways = {r.strategy.quant: "tight" for r in found.rejected if r.reason.startswith("tight, but beside")}
+        return ways | {c.strategy.quant: c.estimate.verdict for c in found.candidates}
 
-    small, large = fitting(gib), dict(fitting(gib + more))
-    for quant, verdict in small:
+    small, large = fitting(gib), fitting(gib + more)
+    for quant, verdict in small.items():
         assert quant in large
         if verdict == "fits":
             assert large[quant] == "fits"

@@ -269,7 +269,7 @@ def test_free_copies_begin_where_card_and_link_take_equally_long() -> None:
                 (resident, one_device(0, arch)),
             )
         ]
-        assert (speeds[0] == speeds[1]) == free
+        assert (speeds[0] == pytest.approx(speeds[1], rel=1e-3)) == free, "beside what copies ask of the host"
 
 
 def test_a_sweep_over_all_cards_is_quick() -> None:

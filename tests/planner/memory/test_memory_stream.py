@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 
+import msgspec
 import pytest
 
 from planner.estimate import estimate
@@ -118,7 +119,8 @@ def test_training_a_70b_fits_a_small_card() -> None:
 
 
 def test_decode_is_bound_by_the_link_and_training_is_not() -> None:
-    """The link's time runs beside the card's: with enough tokens a pass the copies cost nothing."""
+    """The link's time runs beside the card's: with enough tokens a pass the copies cost nothing, and what they
+    ask of the host next to nothing."""
     card = machine(24, "h200")
     how = Strategy(placement="mixed_offload", engine="stream", quant="nf4", loss="fused")
     model = load_model("llama-3-70b")
@@ -128,7 +130,9 @@ def test_decode_is_bound_by_the_link_and_training_is_not() -> None:
     resident = estimate(model, machine(141, "h200"), job, Strategy(quant="nf4", loss="fused"))
     train = estimate(model, card, job, how)
     assert train.speed.bound == "compute"
-    assert train.speed.train_tokens_per_s == resident.speed.train_tokens_per_s
+    speeds = [each.speed.train_tokens_per_s for each in (train, resident)]
+    for streamed, whole in zip(*(msgspec.structs.astuple(speed) for speed in speeds), strict=True):
+        assert whole * 0.999 <= streamed <= whole
 
 
 def test_what_was_measured_on_an_h200() -> None:
