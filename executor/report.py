@@ -56,6 +56,7 @@ def make_report(
         steps=trained.steps if trained else None,
         resumed_from_step=trained.resumed_from_step if trained else 0,
         losses=tuple(trained.record.losses) if trained else (),
+        step_seconds=tuple(round(each, 4) for each in trained.record.step_seconds) if trained else (),
         evaluations=tuple(Evaluation(*entry) for entry in trained.record.evaluations) if trained else (),
         components=_components(outcome),
         environment={**outcome.environment, "load_seconds": round(outcome.load_seconds, 3)},

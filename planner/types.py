@@ -349,6 +349,8 @@ class RunReport(Struct, frozen=True, kw_only=True):
     steps: int | None = None
     resumed_from_step: int = 0
     losses: tuple[float, ...] = ()
+    step_seconds: tuple[float, ...] = ()
+    """Of each training step of this process, saving not counted."""
     evaluations: tuple[Evaluation, ...] = ()
     components: dict[str, int] = {}
     """Measured bytes where a component can be told apart (weights, adapters, gradients, optimizer)."""

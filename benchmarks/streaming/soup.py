@@ -9,7 +9,7 @@ annotated-types typing-inspection.
 A checkpoint of random weights in the model's real shapes is written once, with a byte-level tokenizer and
 rows longer than the sequence. Both fine-tune it in NF4, r=8 on every linear, batch 1, 8-bit Adam: Soup with
 its streaming as it comes, and with its loss in chunks of tokens; ours by the best plan for the cap. A process
-each, the cap set before it loads anything. Prints a JSON line a run: tokens/s after the first steps,
+each, the cap set before it loads anything. Prints a JSON line a run: tokens/s after the first two steps,
 allocated and process peak, or why it did not run. Exit code 1 only where ours does not. `--cpu`: a tiny model
 and no caps, to try the program.
 """
@@ -31,6 +31,7 @@ HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE), str(HERE.parents[1])]
 
 import runs  # noqa: E402  found beside this file
+from soup_side import WARM_STEPS  # noqa: E402
 
 from planner.units import parse_size  # noqa: E402
 
@@ -46,7 +47,7 @@ def main() -> int:
     parser.add_argument("--packages", type=Path, required=True)
     parser.add_argument("--model", default="llama-3.1-8b")
     parser.add_argument("--cap", nargs="+", default=["2.5GiB", "4GiB"])
-    parser.add_argument("--steps", type=int, default=8)
+    parser.add_argument("--steps", type=int, default=12)
     parser.add_argument("--seq-len", type=int, default=2048)
     parser.add_argument("--scratch", type=Path, help="where three times the weights have room")
     parser.add_argument("--cpu", action="store_true")
@@ -133,9 +134,12 @@ def ours_under(folder: Path, args: argparse.Namespace, cap: str | None) -> dict[
         return {**row, "error": ended.stderr[-300:]}
     report = json.loads((output / "report.json").read_text())
     names = ("engine", "train_tokens_per_s", "allocated_peak_bytes", "process_peak_bytes")
-    names += ("layers_resident", "layers_streamed", "pinned_bytes", "losses", "notes")
+    names += ("layers_resident", "layers_streamed", "pinned_bytes", "link_bytes_per_s", "step_seconds")
+    names += ("losses", "notes")
     shutil.rmtree(output)
-    return row | {name: report.get(name) for name in names}
+    seconds = report["step_seconds"][WARM_STEPS:]
+    rate = args.seq_len * len(seconds) / sum(seconds) if seconds else None
+    return row | {name: report.get(name) for name in names} | {"train_tokens_per_s": rate}
 
 
 def soup_under(folder: Path, args: argparse.Namespace, cap: str | None, chunk: int | None) -> dict[str, Any]:

@@ -119,7 +119,7 @@ def test_training_a_70b_fits_a_small_card() -> None:
 
 
 def test_decode_is_bound_by_the_link_and_training_is_not() -> None:
-    """The link's time runs beside the card's: with enough tokens a pass the copies cost nothing, and what they
+    """The link's time runs beside the card's: with enough tokens a pass copies cost nothing, and what they
     ask of the host next to nothing."""
     card = machine(24, "h200")
     how = Strategy(placement="mixed_offload", engine="stream", quant="nf4", loss="fused")
