@@ -2,13 +2,14 @@
 
 A pass takes as long as the slowest of the card, the Python that feeds it and the copies that run beside them
 (engine stream), plus what comes over the link or from disk while the card waits (accelerate's hooks do not
-overlap the two):
+overlap the two) and what nothing runs beside:
 
     seconds = max(max(bytes / bandwidth, operations / rate) + small kernels, launches x host, streamed / link,
-                  read / disk) + link + disk
+                  read / disk) + link + disk + alone
 
-A training step has stretches with copies of their own, forward, loss and backward: two slots let no copy run
-ahead of its stretch, so where one waits for the link, the idle link of another is no help.
+In a training step card and host hide behind each other only in part (`side_by_side`). Where layers stream, it
+has stretches with copies of their own, forward, loss and backward: two slots let no copy run ahead of its
+stretch, so where one waits for the link, the idle link of another is no help.
 
 Rates and efficiencies come from `planner.rates`, counts from `planner.work`.
 """
@@ -124,7 +125,8 @@ class Seconds(Struct, frozen=True):
         turn with all."""
         copied = self.parts or ((self.busy, self.streamed),)
         waiting = sum(max(0.0, copies - busy) for busy, copies in copied)
-        return max(self.busy + waiting, self.read) + self.link + self.disk + self.alone
+        # card and host take turns less over the whole pass than within stretches; copies have one link
+        return max(self.busy + waiting, self.streamed, self.read) + self.link + self.disk + self.alone
 
     @property
     def bound(self) -> str:
@@ -245,10 +247,12 @@ def train_seconds(job: Job, rates: Rates, level: Level) -> Seconds | None:
     strategy, steps = job.strategy, job.workload.gradient_accumulation_steps
     again = int(strategy.gradient_checkpointing)
     tokens = job.workload.batch_size * job.workload.seq_len
-    work = _train_operations(job, level)
-    forward, loss, backward = (operations / rates.compute for operations in work)
     moving = rates.bandwidth * efficiency("elementwise_bandwidth", level)
-    moved = _train_bytes(job)
+    moved, operations = _train_bytes(job), _train_operations(job, level)
+    read, products = moved.weights / rates.bandwidth, sum(n / rates.compute for n in operations)
+    # products of few tokens take as long as their weights take to be read
+    longer = max(1.0, read / products)
+    forward, loss, backward = (longer * n / rates.compute for n in operations)
     moved_forward, moved_loss, moved_backward = (n / moving for n in moved.passes)
     unpacking = _dequantize(job, rates, level, 1)
     early = forward + moved_forward + unpacking
@@ -258,13 +262,11 @@ def train_seconds(job: Job, rates: Rates, level: Level) -> Seconds | None:
     # bitsandbytes waits for the card after each tensor, so none of its step runs beside backward
     updates = job.updates * efficiency("update_seconds_per_tensor", level)
     step = (efficiency("step_overhead_seconds", level) + updates) / steps
-    products, host = forward + loss + backward, launching + launching_backward
-    other = early + ending + late - products
+    host, other = launching + launching_backward, early + ending + late - (forward + loss + backward)
     if job.on_cpu:
         other, host = other + host, 0.0
     else:
         other += max(0.0, launching - early - ending)
-    read = moved.weights / rates.bandwidth
     link, streamed = _activation_seconds(job, rates, tokens), _streamed_seconds(job, rates, level)
     if link is None or streamed is None:
         return None
@@ -349,7 +351,7 @@ def _train_launches(job: Job, level: Level) -> tuple[float, float]:
     forward = kernel * job.elementwise.forward_kernels + packed
     backward = kernel * efficiency("backward_host_share", level) * job.elementwise.backward_kernels + packed
     backward += again * forward + checkpoint
-    if job.strategy.engine != "stream":
+    if job.strategy.engine != "stream" or job.on_cpu:
         return forward, backward
     away = job.placement.layers_in_ram + job.placement.layers_on_disk
     carried = away * efficiency("streamed_layer_host_seconds", level) / 2

@@ -269,7 +269,8 @@ def test_free_copies_begin_where_card_and_link_take_equally_long() -> None:
                 (resident, one_device(0, arch)),
             )
         ]
-        assert (speeds[0] == speeds[1]) == free
+        # what the host does for each streamed layer is not wholly hidden either
+        assert (speeds[0] > 0.998 * speeds[1]) == free, speeds
 
 
 def test_a_sweep_over_all_cards_is_quick() -> None:
