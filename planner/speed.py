@@ -21,9 +21,10 @@ from planner.memory.lasting import trained_tensors
 from planner.memory.optimizer import OPTIMIZERS
 from planner.memory.streamed import Traffic, parts_of, traffic
 from planner.memory.train import training_pass
-from planner.passes import Job, Seconds, decode_seconds, prefill_seconds, train_seconds
+from planner.passes import Job, decode_seconds, prefill_seconds, train_seconds
 from planner.placement import tiers_of
 from planner.rates import LEVELS, Level, Rates, card_rates, cpu_rates
+from planner.seconds import Seconds
 from planner.types import Machine, PlacementMap, Range, Speed, Strategy, Workload
 from planner.work import count_work
 from profiles.schema import Architecture

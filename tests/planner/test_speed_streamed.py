@@ -14,9 +14,10 @@ from msgspec.structs import replace
 from planner.machine import machine_from_gpus
 from planner.memory.stream import SLOTS
 from planner.memory.streamed import parts_of, traffic
-from planner.passes import Seconds, side_by_side, train_seconds
+from planner.passes import train_seconds
 from planner.placement import Tiers, one_device, stream_map
 from planner.rates import LEVELS, Level, Rates, card_rates
+from planner.seconds import Seconds, side_by_side
 from planner.speed import _job, free_copies_tokens, predict_speed
 from planner.types import Host, Machine, Strategy, Workload
 from profiles.architecture import architecture
