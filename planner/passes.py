@@ -1,7 +1,7 @@
 """Seconds of one pass: a token of decode, a prefill, a training step.
 
-Rates and efficiencies come from `planner.rates`, counts from `planner.work` and `planner.elementwise`; how times
-add up is in `planner.seconds`.
+Rates and efficiencies come from `planner.rates`, counts from `planner.work` and `planner.elementwise`; how
+times add up is in `planner.seconds`.
 """
 
 from __future__ import annotations
