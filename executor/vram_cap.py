@@ -42,6 +42,7 @@ class VramCap:
         self._card, self._device = card, device
         self._total = torch.cuda.get_device_properties(device).total_memory
         self._context = 0
+        self._is_set = False
         if size_bytes > self._total:
             raise CannotHonour(
                 f"--vram-cap {format_bytes(size_bytes)} is more than the card's {format_bytes(self._total)}"
@@ -68,7 +69,7 @@ class VramCap:
                 "--vram-cap needs NVML to measure the context", "install the driver's NVML library"
             )
         context = measured - managed_bytes
-        if context <= self._context and managed_bytes <= self._managed:
+        if self._is_set and context <= self._context and managed_bytes <= self._managed:
             return
         self._context, self._managed = max(context, self._context), max(managed_bytes, self._managed)
         if self.allocator_bytes <= GRANULE:
@@ -80,6 +81,7 @@ class VramCap:
         if torch.cuda.memory_reserved(self._device) > self.allocator_bytes:
             torch.cuda.empty_cache()
         torch.cuda.set_per_process_memory_fraction(self.allocator_bytes / self._total, self._device)
+        self._is_set = True
 
     def note(self, reserved: int, context: int, managed: int) -> str:
         """Whether the run kept within the cap, for the report."""

@@ -1,16 +1,7 @@
 """Seconds of one pass: a token of decode, a prefill, a training step.
 
-A pass takes as long as the slowest of the card, the Python that feeds it and the copies that run beside them
-(engine stream), plus what comes over the link or from disk while the card waits (accelerate's hooks do not
-overlap the two):
-
-    seconds = max(max(bytes / bandwidth, operations / rate) + small kernels, launches x host, streamed / link,
-                  read / disk) + link + disk
-
-A training step has stretches with copies of their own, forward, loss and backward: two slots let no copy run
-ahead of its stretch, so where one waits for the link, the idle link of another is no help.
-
-Rates and efficiencies come from `planner.rates`, counts from `planner.work`.
+Rates and efficiencies come from `planner.rates`, counts from `planner.work` and `planner.elementwise`; how
+times add up is in `planner.seconds`.
 """
 
 from __future__ import annotations
@@ -24,6 +15,7 @@ from planner.identity import identities_cache, identity_cache
 from planner.memory.streamed import Traffic
 from planner.memory.train import IN_FLIGHT
 from planner.rates import Level, Rates, efficiency
+from planner.seconds import Seconds, side_by_side
 from planner.types import PlacementMap, Strategy, Workload
 from planner.work import (
     INT8_KERNELS,
@@ -68,75 +60,6 @@ class Job(Struct, frozen=True):
     """Trained tensors that bitsandbytes' optimizer updates one after the other; 0 for torch's."""
     traffic: Traffic = Traffic()
     """What engine stream moves in a pass, or in forward and backward together."""
-
-
-def side_by_side(card: float, host: float, overlap: float) -> float:
-    """What two take that work beside each other, in norm `overlap`: the slower of them where it is infinite.
-
-    Long kernels and short ones take turns in a layer, so each is the slower one for a while, and what is
-    queued evens that out only in part.
-    """
-    slower, faster = max(card, host), min(card, host)
-    return slower * (1.0 + (faster / slower) ** overlap) ** (1.0 / overlap) if faster > 0 else slower
-
-
-class Seconds(Struct, frozen=True):
-    """Time of one pass by what it waits for."""
-
-    memory: float = 0.0
-    compute: float = 0.0
-    launch: float = 0.0
-    link: float = 0.0
-    disk: float = 0.0
-    other: float = 0.0
-    """Card time that adds to both memory and compute."""
-    streamed: float = 0.0
-    """Copies over the link under the computation."""
-    read: float = 0.0
-    """Reads from disk under both."""
-    alone: float = 0.0
-    """Time in which nothing else runs: before the first launch, in an optimizer's step."""
-    overlap: float = inf
-    """How well card and host hide behind each other (`side_by_side`)."""
-    parts: tuple[tuple[float, float], ...] = ()
-    """Stretches of the pass: what card or host take, and copies of layers under it. Empty where the whole
-    pass is one."""
-
-    @property
-    def card(self) -> float:
-        """What the card alone would take."""
-        return max(self.memory, self.compute) + self.other
-
-    @property
-    def busy(self) -> float:
-        """What card and host take together."""
-        return side_by_side(self.card, self.launch, self.overlap)
-
-    @property
-    def stretches(self) -> tuple[tuple[float, float], ...]:
-        """Busy time of each stretch, and the transfers that run beside it."""
-        copied = self.parts or ((self.busy, self.streamed),)
-        return (*copied, (self.busy, self.read))
-
-    @property
-    def total(self) -> float:
-        """The pass: card, host, streamed copies and reads side by side; what is alone and other transfers in
-        turn with all."""
-        copied = self.parts or ((self.busy, self.streamed),)
-        waiting = sum(max(0.0, copies - busy) for busy, copies in copied)
-        return max(self.busy + waiting, self.read) + self.link + self.disk + self.alone
-
-    @property
-    def bound(self) -> str:
-        """The largest part; what adds to memory and compute belongs to the larger of them."""
-        parts = {
-            "memory bandwidth": self.memory + self.other,
-            "compute": self.compute + self.other,
-            "launch": self.launch,
-            "link": max(self.link, self.streamed),
-            "disk": max(self.disk, self.read),
-        }
-        return max(parts, key=lambda name: parts[name])
 
 
 # --------------------------------------------------------------------------- inference
@@ -245,10 +168,12 @@ def train_seconds(job: Job, rates: Rates, level: Level) -> Seconds | None:
     strategy, steps = job.strategy, job.workload.gradient_accumulation_steps
     again = int(strategy.gradient_checkpointing)
     tokens = job.workload.batch_size * job.workload.seq_len
-    work = _train_operations(job, level)
-    forward, loss, backward = (operations / rates.compute for operations in work)
     moving = rates.bandwidth * efficiency("elementwise_bandwidth", level)
-    moved = _train_bytes(job)
+    moved, operations = _train_bytes(job), _train_operations(job, level)
+    read, products = moved.weights / rates.bandwidth, sum(n / rates.compute for n in operations)
+    # products of few tokens take as long as their weights take to be read
+    longer = max(1.0, read / products)
+    forward, loss, backward = (longer * n / rates.compute for n in operations)
     moved_forward, moved_loss, moved_backward = (n / moving for n in moved.passes)
     unpacking = _dequantize(job, rates, level, 1)
     early = forward + moved_forward + unpacking
@@ -258,13 +183,11 @@ def train_seconds(job: Job, rates: Rates, level: Level) -> Seconds | None:
     # bitsandbytes waits for the card after each tensor, so none of its step runs beside backward
     updates = job.updates * efficiency("update_seconds_per_tensor", level)
     step = (efficiency("step_overhead_seconds", level) + updates) / steps
-    products, host = forward + loss + backward, launching + launching_backward
-    other = early + ending + late - products
+    host, other = launching + launching_backward, early + ending + late - (forward + loss + backward)
     if job.on_cpu:
         other, host = other + host, 0.0
     else:
         other += max(0.0, launching - early - ending)
-    read = moved.weights / rates.bandwidth
     link, streamed = _activation_seconds(job, rates, tokens), _streamed_seconds(job, rates, level)
     if link is None or streamed is None:
         return None
@@ -349,7 +272,7 @@ def _train_launches(job: Job, level: Level) -> tuple[float, float]:
     forward = kernel * job.elementwise.forward_kernels + packed
     backward = kernel * efficiency("backward_host_share", level) * job.elementwise.backward_kernels + packed
     backward += again * forward + checkpoint
-    if job.strategy.engine != "stream":
+    if job.strategy.engine != "stream" or job.on_cpu:
         return forward, backward
     away = job.placement.layers_in_ram + job.placement.layers_on_disk
     carried = away * efficiency("streamed_layer_host_seconds", level) / 2

@@ -21,9 +21,10 @@ from planner.memory.lasting import trained_tensors
 from planner.memory.optimizer import OPTIMIZERS
 from planner.memory.streamed import Traffic, parts_of, traffic
 from planner.memory.train import training_pass
-from planner.passes import Job, Seconds, decode_seconds, prefill_seconds, train_seconds
+from planner.passes import Job, decode_seconds, prefill_seconds, train_seconds
 from planner.placement import tiers_of
 from planner.rates import LEVELS, Level, Rates, card_rates, cpu_rates
+from planner.seconds import Seconds
 from planner.types import Machine, PlacementMap, Range, Speed, Strategy, Workload
 from planner.work import count_work
 from profiles.schema import Architecture
@@ -75,8 +76,9 @@ def free_copies_tokens(
         tokens, stretches = work.seq_len * times if train else work.prompt_tokens, seconds.stretches
         if all(busy >= copies for busy, copies in stretches):
             lines = zip(stretches, before or (0.0,) * len(stretches), strict=True)
-            shares = [(copies - less) / (busy - less) for (busy, copies), less in lines if copies]
-            return max(1, ceil(few + (tokens - few) * max(0.0, *shares))) if shares else None
+            # a stretch that was free before, as one the host is slower in may be, does not count
+            shares = [(copies - less) / (busy - less) for (busy, copies), less in lines if copies > less]
+            return max(1, ceil(few + (tokens - few) * max(shares))) if shares else None
         few, before, times = tokens, tuple(busy for busy, _ in stretches), 2 * times
     return None
 

@@ -3,8 +3,8 @@
     python benchmarks/streaming/phases.py PLAN [-- EXECUTOR OPTIONS]
 
 Rehearses the plan and marks the beginning of each part, on the card by an event and on the host by the clock:
-where both agree, the card waits for the host. The first two steps do not count. One JSON line is appended to
-phases.jsonl and printed.
+where both agree, the card waits for the host. The first two steps do not count; each micro-batch of gradient
+accumulation is a step here. Needs a card. One JSON line is appended to phases.jsonl and printed.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ import sys
 import tempfile
 import time
 from collections import defaultdict
+from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -56,6 +57,8 @@ def main() -> int:
     marks: list[Mark] = []
     with tempfile.TemporaryDirectory() as folder, marking(marks), contextlib.redirect_stdout(io.StringIO()):
         code = executor([*command, "--output", folder, "--json"])
+    if code == 0 and sum(mark.part == "forward" for mark in marks) < WARM_STEPS + 2:
+        parser.error(f"a rehearsal of more than {WARM_STEPS + 1} training steps is needed: -- --max-steps 10")
     if code == 0:
         row = {
             "plan": args.plan.name,
@@ -71,7 +74,7 @@ def main() -> int:
 
 
 @contextlib.contextmanager
-def marking(marks: list[Mark]) -> Any:
+def marking(marks: list[Mark]) -> Iterator[None]:
     """Within, every part of a step leaves a mark when it begins."""
     import torch
 

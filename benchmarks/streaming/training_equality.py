@@ -1,6 +1,7 @@
 """Twenty optimizer steps under engine stream beside engine resident: losses, gradients, adapters, bit by bit.
 
     python benchmarks/streaming/training_equality.py [--model qwen2.5-0.5b] [--layers 5] [--quant nf4] [--cpu]
+        [--cases none-resident half-resident vocabulary traps]
 
 A few layers of the model's real shapes with random weights, more than there are slots; every step is two
 micro-batches of different lengths, with dropout, in deterministic kernels. For bf16, NF4 and LLM.int8 bases:
@@ -21,7 +22,7 @@ import hashlib
 import json
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -94,18 +95,25 @@ def main() -> int:
     parser.add_argument("--cpu", action="store_true")
     parser.add_argument("--cases", nargs="+", choices=CASES, default=CASES, help="only these")
     args = parser.parse_args()
+    comparisons = list(chosen(args.cases, args.quant, args.layers))
+    if not comparisons:
+        parser.error(f"--cases {' '.join(args.cases)} compares nothing in {' '.join(args.quant)}")
     silence_loaded(debug=False)
     torch.use_deterministic_algorithms(True)  # with warnings only, attention's backward is not
     bench = bench_of(args.model, args.layers, args.cpu, args.steps)
-    unexpected = 0
-    for case, kept in (("none-resident", 0), ("half-resident", bench.layers // 2)):
-        if case in args.cases:
-            unexpected += sum(attempt(compare, bench, quant, kept) for quant in args.quant)
-    if "nf4" in args.quant and "vocabulary" in args.cases:
-        unexpected += attempt(vocabulary_outside, bench)
-    if "traps" in args.cases:
-        unexpected += sum(attempt(trap, bench, quant, mode) for quant, mode in TRAPS if quant in args.quant)
+    unexpected = sum(attempt(comparison, bench, *what) for comparison, *what in comparisons)
     return int(unexpected > 0)
+
+
+def chosen(cases: Sequence[str], quants: Sequence[Quant], layers: int) -> Iterator[tuple[Any, ...]]:
+    """Comparisons and their arguments beside the bench."""
+    for case, kept in (("none-resident", 0), ("half-resident", layers // 2)):
+        if case in cases:
+            yield from ((compare, quant, kept) for quant in quants)
+    if "vocabulary" in cases and "nf4" in quants:
+        yield (vocabulary_outside,)
+    if "traps" in cases:
+        yield from ((trap, quant, mode) for quant, mode in TRAPS if quant in quants)
 
 
 def attempt(comparison: Callable[..., int], bench: Bench, *what: Any) -> int:

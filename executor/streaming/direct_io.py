@@ -25,16 +25,14 @@ ALIGNMENT = 4096
 THREADS = 4
 """More than two keep an NVMe disk busy; more than eight have not been seen to help."""
 STRETCH_BYTES = 16 * 2**20
-
-
 SWITCH_SECONDS = 0.0002
-"""Of the interpreter's switch interval while threads move bytes. One that is ready waits that long for a busy
+"""The interpreter's switch interval while threads move bytes. One that is ready waits that long for a busy
 thread, several times for each stretch; the default of 5 ms is about what a disk takes for a stretch."""
 
 
 @contextmanager
 def switching_fast() -> Iterator[None]:
-    """Within, threads of this module are not held up by Python that builds or quantizes a model."""
+    """Within, threads that read and write are not held up by Python that builds or quantizes a model."""
     before = sys.getswitchinterval()
     sys.setswitchinterval(min(before, SWITCH_SECONDS))
     try:

@@ -57,6 +57,33 @@ def cut(whole: Path, target: Path, step: int) -> Path:
     return target
 
 
+def test_operations_are_counted_as_trainer_does_from_one_walk_over_the_parameters() -> None:
+    torch = pytest.importorskip("torch")
+    from transformers import Trainer
+
+    from executor.trainer import RunTrainer
+
+    walks = []
+
+    class Model:
+        main_input_name = "input_ids"
+
+        def num_parameters(self, **_: Any) -> int:
+            walks.append(1)
+            return 1_000_003
+
+        def floating_point_ops(self, inputs: Any) -> int:
+            return 6 * int(inputs["input_ids"].numel()) * self.num_parameters()
+
+    stock, ours = Trainer.__new__(Trainer), RunTrainer.__new__(RunTrainer)
+    stock.model = ours.model = Model()
+    ours._operations_per_token = None
+    batches = [{"input_ids": torch.zeros(shape, dtype=torch.long)} for shape in ((2, 7), (1, 64), (3, 5))]
+    want = [stock.floating_point_ops(batch) for batch in batches]
+    walks.clear()
+    assert [ours.floating_point_ops(batch) for batch in batches] == want and len(walks) == 1
+
+
 # an epoch has 7 batches of two, or 4 steps of two such batches, or fewer where rows are packed or held out
 WAYS: dict[str, tuple[dict[str, Any], dict[str, Any], tuple[Any, ...]]] = {
     "lora": ({"lora_dropout": 0.3}, {}, ()),

@@ -91,6 +91,12 @@ def test_managed_memory_to_come_is_kept_free_from_the_beginning(asked: list[floa
     assert asked[0] - asked[1] == 20 * MIB, "more came than was foreseen"
 
 
+def test_there_is_a_cap_where_no_context_is_seen(asked: list[float]) -> None:
+    """Where NVML names no processes, others that let go of memory hide ours."""
+    VramCap(8 * GIB, Card(0), DEVICE)  # type: ignore[arg-type]
+    assert asked == [8 * GIB - PAGE]
+
+
 @pytest.mark.parametrize(
     ("size", "context", "says"),
     [

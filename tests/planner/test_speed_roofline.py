@@ -9,8 +9,9 @@ from msgspec.structs import replace
 from plan_fakes import LLAMA_8B, LLAMA_70B, QWEN_7B, QWEN_14B, card, no_card
 
 from planner.memory.streamed import Traffic
-from planner.passes import Job, Seconds, decode_seconds, prefill_seconds, train_seconds
+from planner.passes import Job, decode_seconds, prefill_seconds, train_seconds
 from planner.rates import LEVELS, Rates, card_rates, efficiency, link_bytes_per_s, load_efficiencies
+from planner.seconds import Seconds
 from planner.speed import predict_speed
 from planner.types import Disk, Host, Machine, PlacementMap, ProbeResult, Strategy, Workload
 from planner.work import (

@@ -1,4 +1,5 @@
-"""The estimator held to what streamed generations took on a card, with the residency they had."""
+"""The estimator held to what streamed generations and trainings took on a card: memory with the residency
+they had, speed with that of the plan."""
 
 from __future__ import annotations
 
