@@ -72,9 +72,8 @@ class Seconds(Struct, frozen=True):
         """The pass: card, host, streamed copies and reads side by side; what is alone and other transfers in
         turn with all."""
         copied = self.parts or ((self.busy, self.streamed),)
-        waiting = sum(max(0.0, copies - busy) for busy, copies in copied)
-        # card and host hide more of each other over the whole pass than within a stretch, but copies do not
-        return max(self.busy + waiting, self.streamed, self.read) + self.link + self.disk + self.alone
+        beside = sum(max(busy, copies) for busy, copies in copied)
+        return max(beside, self.busy, self.read) + self.link + self.disk + self.alone
 
     @property
     def bound(self) -> str:
