@@ -109,14 +109,23 @@ def _start(debug: bool) -> torch.device:
 
 
 def _refuse_foreign(output: Path | None) -> None:
-    """Errors: `BadOption` where the file named with -o is there and is no slab file."""
-    if output is None or not output.exists():
-        if output is not None and not output.parent.is_dir():
-            raise BadOption(f"there is no folder {output.parent}", "make it, or give another -o")
+    """Errors: `BadOption` where the file named with -o is there and is no slab file, or cannot be one."""
+    if output is None:
         return
-    with open(output, "rb") if output.is_file() else open("/dev/null", "rb") as file:
-        if file.read(6) != b"FWSLAB":
+    try:
+        if not output.parent.is_dir():
+            raise BadOption(f"there is no folder {output.parent}", "make it, or give another -o")
+        if output.exists() and not _begins_as_slab_file(output):
             raise BadOption(f"{output} exists and is no slab file", "give another -o")
+    except OSError as error:
+        raise BadOption(f"cannot use {output}: {error.strerror}", "give another -o") from None
+
+
+def _begins_as_slab_file(path: Path) -> bool:
+    if not path.is_file():  # opening a pipe would wait for its writer
+        return False
+    with open(path, "rb") as file:
+        return file.read(6) == b"FWSLAB"
 
 
 def _quant(source: ModelSource, asked: str | None) -> str:
@@ -206,7 +215,7 @@ def _reused(job: PackJob) -> Any:
 
     try:
         found = SlabFile.open(job.path)
-    except FileNotFoundError:
+    except (FileNotFoundError, IsADirectoryError):  # the latter is refused where the file is made
         return None
     except (OSError, BadWeights) as error:
         ui.say(f"note: {error}; packing again")
