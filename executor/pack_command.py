@@ -59,6 +59,8 @@ class PackReport:
     seconds: float
     host_peak_bytes: int | None
     """This process's own memory at most, above what it had with its libraries loaded."""
+    found_by_runs: bool
+    """False where the file is in a place of its own and the data folder takes no link to it."""
 
 
 def pack_command(options: PackOptions) -> int:
@@ -191,7 +193,8 @@ def _run(job: PackJob) -> PackReport:
         done = _reused(job) or pack(job)
     finally:
         peak = sampler.stop()
-    if not link_to(job.path, job.source, job.strategy):
+    found_by_runs = link_to(job.path, job.source, job.strategy)
+    if not found_by_runs:
         ui.say(f"warning: Fitwright's data folder cannot be written: runs will not find {job.path}")
     return PackReport(
         schema=PACK_SCHEMA,
@@ -204,6 +207,7 @@ def _run(job: PackJob) -> PackReport:
         kept_bytes=done.kept_bytes,
         seconds=done.seconds,
         host_peak_bytes=peak - before if peak is not None and before is not None else None,
+        found_by_runs=found_by_runs,
     )
 
 
@@ -240,4 +244,5 @@ def _show(report: PackReport) -> None:
     new = report.bytes - report.kept_bytes
     rate = f"{format_bytes(int(new / max(report.seconds, 1e-9)))}/s"
     print(f"{report.path}: {size} in {report.seconds:.1f} s ({rate}), {report.quant} on {report.device}")
-    print("engine stream reads it the next time it loads this model in this precision")
+    if report.found_by_runs:
+        print("engine stream reads it the next time it loads this model in this precision")

@@ -348,6 +348,23 @@ def test_elsewhere(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert any("loaded from slab file" in note for note in json.loads(capsys.readouterr().out)["notes"])
 
 
+def test_elsewhere_and_nowhere_to_tell_runs(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("FITWRIGHT_HOME", str(model / "config.json"))
+    assert main(["pack", str(model), "-o", str(tmp_path / "other.slab")]) == 0
+    said = capsys.readouterr()
+    assert "runs will not find" in said.err and "the next time" not in said.out
+
+
+def test_no_link_is_written_through(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (model / f"{FILE}.partial").symlink_to("model.safetensors")
+    before = digest(model / "model.safetensors")
+    assert main(["pack", str(model)]) == 2
+    assert f"cannot write {model / FILE}.partial: " in error_and_hint(capsys)[0]
+    assert digest(model / "model.safetensors") == before
+
+
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
