@@ -59,6 +59,8 @@ class PackReport:
     seconds: float
     host_peak_bytes: int | None
     """This process's own memory at most, above what it had with its libraries loaded."""
+    found_by_runs: bool
+    """False where the file is in a place of its own and the data folder takes no link to it."""
 
 
 def pack_command(options: PackOptions) -> int:
@@ -109,14 +111,23 @@ def _start(debug: bool) -> torch.device:
 
 
 def _refuse_foreign(output: Path | None) -> None:
-    """Errors: `BadOption` where the file named with -o is there and is no slab file."""
-    if output is None or not output.exists():
-        if output is not None and not output.parent.is_dir():
-            raise BadOption(f"there is no folder {output.parent}", "make it, or give another -o")
+    """Errors: `BadOption` where the file named with -o is there and is no slab file, or cannot be one."""
+    if output is None:
         return
-    with open(output, "rb") if output.is_file() else open("/dev/null", "rb") as file:
-        if file.read(6) != b"FWSLAB":
+    try:
+        if not output.parent.is_dir():
+            raise BadOption(f"there is no folder {output.parent}", "make it, or give another -o")
+        if output.exists() and not _begins_as_slab_file(output):
             raise BadOption(f"{output} exists and is no slab file", "give another -o")
+    except OSError as error:
+        raise BadOption(f"cannot use {output}: {error.strerror}", "give another -o") from None
+
+
+def _begins_as_slab_file(path: Path) -> bool:
+    if not path.is_file():  # opening a pipe would wait for its writer
+        return False
+    with open(path, "rb") as file:
+        return file.read(6) == b"FWSLAB"
 
 
 def _quant(source: ModelSource, asked: str | None) -> str:
@@ -182,7 +193,8 @@ def _run(job: PackJob) -> PackReport:
         done = _reused(job) or pack(job)
     finally:
         peak = sampler.stop()
-    if not link_to(job.path, job.source, job.strategy):
+    found_by_runs = link_to(job.path, job.source, job.strategy)
+    if not found_by_runs:
         ui.say(f"warning: Fitwright's data folder cannot be written: runs will not find {job.path}")
     return PackReport(
         schema=PACK_SCHEMA,
@@ -195,6 +207,7 @@ def _run(job: PackJob) -> PackReport:
         kept_bytes=done.kept_bytes,
         seconds=done.seconds,
         host_peak_bytes=peak - before if peak is not None and before is not None else None,
+        found_by_runs=found_by_runs,
     )
 
 
@@ -206,7 +219,7 @@ def _reused(job: PackJob) -> Any:
 
     try:
         found = SlabFile.open(job.path)
-    except FileNotFoundError:
+    except (FileNotFoundError, IsADirectoryError):  # the latter is refused where the file is made
         return None
     except (OSError, BadWeights) as error:
         ui.say(f"note: {error}; packing again")
@@ -231,4 +244,5 @@ def _show(report: PackReport) -> None:
     new = report.bytes - report.kept_bytes
     rate = f"{format_bytes(int(new / max(report.seconds, 1e-9)))}/s"
     print(f"{report.path}: {size} in {report.seconds:.1f} s ({rate}), {report.quant} on {report.device}")
-    print("engine stream reads it the next time it loads this model in this precision")
+    if report.found_by_runs:
+        print("engine stream reads it the next time it loads this model in this precision")

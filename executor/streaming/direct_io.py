@@ -50,9 +50,13 @@ class DirectFile:
     """An open file. Methods may be called by several threads at once."""
 
     def __init__(self, path: Path, writable: bool = False) -> None:
-        """Errors: `OSError`."""
+        """`writable`: made if it is not there; no link is followed, for it may lead to a file of other worth.
+
+        Errors: `OSError`.
+        """
         self.path = path
-        flags = (os.O_RDWR | os.O_CREAT if writable else os.O_RDONLY) | os.O_CLOEXEC
+        flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW if writable else os.O_RDONLY
+        flags |= os.O_CLOEXEC
         self._plain = os.open(path, flags, 0o644)
         self._direct: int | None = None
         self._opened = [self._plain]

@@ -8,7 +8,7 @@ What stands on the device at once is what is not streamed, one layer, and one we
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from executor.errors import CannotHonour
+from executor.errors import BadWeights, CannotHonour
 from executor.streaming.arena import Arena
 from executor.streaming.disk_tier import Spill, layers_on_disk
 from executor.streaming.layers import Stack, find_stack, tied_names
@@ -146,7 +146,10 @@ def refuse_too_many(wanted: int, total: int) -> None:
 
 @contextmanager
 def handing_over(packer: Packer) -> Iterator[None]:
-    """Within, transformers' loader shows every weight it sets to `packer`, and makes one at a time."""
+    """Within, transformers' loader shows every weight it sets to `packer`, and makes one at a time.
+
+    Errors: `BadWeights` for a weight of another shape than the model's.
+    """
     from transformers import core_model_loading, modeling_utils
 
     with (
@@ -160,14 +163,27 @@ def handing_over(packer: Packer) -> Iterator[None]:
 
 def _then(took: Callable[[Any, str], None]) -> Callable[[Any], Any]:
     def around(stock: Any) -> Any:
-        def set_and_tell(model: Any, name: str, *args: Any, **kwargs: Any) -> Any:
-            result = stock(model, name, *args, **kwargs)
+        def set_and_tell(model: Any, name: str, value: Any, loading_info: Any, *args: Any) -> Any:
+            result = stock(model, name, value, loading_info, *args)
+            _refuse_mismatched(loading_info.mismatched_keys)
             took(model, name)
             return result
 
         return set_and_tell
 
     return around
+
+
+def _refuse_mismatched(noted: Collection[tuple[str, Sequence[int], Sequence[int]]]) -> None:
+    """The loader notes a weight of another shape (name, shape in the file, shape asked for) and leaves its
+    place empty: there is nothing to pack. Errors: `BadWeights`.
+    """
+    for name, *shapes in noted:
+        there, asked = ("x".join(map(str, shape)) for shape in shapes)
+        raise BadWeights(
+            f"{name} has the shape {there} and config.json asks for {asked}",
+            "config.json or the weights are of another model; download both again",
+        )
 
 
 @contextmanager

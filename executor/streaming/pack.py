@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from executor import ui
-from executor.disk_errors import way_out, writing_failed
+from executor.disk_errors import FULL, way_out, writing_failed
 from executor.errors import CannotWrite
 from executor.load import load_model
 from executor.source import ModelSource
@@ -24,6 +24,7 @@ from executor.streaming.checkpoint_reader import reading_ahead
 from executor.streaming.direct_io import switching_fast
 from executor.streaming.loader_hooks import standing_in
 from executor.streaming.loading import handing_over
+from executor.streaming.slab_file import HEADER_BYTES
 from executor.streaming.slab_packer import SlabPacker
 from executor.streaming.slab_writer import SlabWriter
 from planner.memory.stream import slabs
@@ -31,6 +32,8 @@ from planner.memory.weights import weight_bytes
 from planner.types import Strategy
 from planner.units import format_bytes
 from profiles.architecture import architecture
+
+_ELSEWHERE = "pack to another place: `executor pack -o FILE`"
 
 
 @dataclass(frozen=True)
@@ -74,14 +77,11 @@ def pack(job: PackJob, shown: bool = True) -> Packed:
 
     `shown`: with a view of its own; else whoever shows the loading shows this.
 
-    Errors: `CannotWrite` when the disk is full or refuses, `DirectoryInUse` when another process is writing
-    it, those of loading.
+    Errors: `CannotWrite` when the disk is full or refuses, or a folder is in the file's place;
+    `DirectoryInUse` when another process is writing it; those of loading.
     """
     began = time.monotonic()
-    try:
-        writer = SlabWriter(job.path, job.recipe, job.device)
-    except OSError as error:
-        raise CannotWrite(f"cannot write {job.path}: {error.strerror}", "give another -o") from None
+    writer = _writer(job)
     kept = writer.bytes if writer.done else 0
     title = f"packing {job.name} ({job.strategy.quant}, {job.device})"
     try:
@@ -98,11 +98,23 @@ def pack(job: PackJob, shown: bool = True) -> Packed:
         writer.close()
 
 
+def _writer(job: PackJob) -> SlabWriter:
+    if job.path.is_dir():  # found out at the end, it would cost the whole packing
+        raise CannotWrite(f"cannot write {job.path}: it is a folder", f"move it away, or {_ELSEWHERE}")
+    try:
+        return SlabWriter(job.path, job.recipe, job.device)
+    except OSError as error:
+        hint = way_out(error) if error.errno in FULL else _ELSEWHERE
+        raise CannotWrite(f"cannot write {error.filename or job.path}: {error.strerror}", hint) from None
+
+
 def _as_shown(error: Exception, job: PackJob, writer: SlabWriter) -> Exception:
     """What says in a line that the disk takes no more; other errors as they are."""
     failure = writing_failed(error, job.path.parent, goes_on=False)
     if failure is None:
         return error
+    if writer.whole_bytes <= HEADER_BYTES:
+        return CannotWrite(str(failure), way_out(error))
     kept = f"{format_bytes(writer.whole_bytes)} are packed and kept: the same command goes on from there"
     return CannotWrite(str(failure), f"{way_out(error)}; {kept}")
 
@@ -113,7 +125,7 @@ def _show_size(job: PackJob, kept: int) -> None:
     if needed - kept > free:
         raise CannotWrite(
             f"{job.path} takes {format_bytes(needed)} and {job.path.parent} has {format_bytes(free)} free",
-            "free some space, or pack to a larger disk: `executor pack -o FILE`",
+            f"free some space, or {_ELSEWHERE}",
         )
     have = f", {format_bytes(kept)} of it packed before" if kept else ""
     ui.say(f"packing {job.name} into {job.path}: {format_bytes(needed)}{have} ({format_bytes(free)} free)")

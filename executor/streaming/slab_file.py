@@ -128,7 +128,10 @@ class SlabFile:
             raw = file.read(nbytes)
         if digest_of(raw) != checksum:
             refuse(path, "is damaged: its index is not what was written")
-        return cls(path, msgspec.json.decode(raw, type=Index), whole)
+        try:
+            return cls(path, msgspec.json.decode(raw, type=Index), whole)
+        except msgspec.DecodeError as error:
+            refuse(path, f"was written by another program: {error}")
 
     def check(self) -> None:
         """Read every block and compare it with its checksums. Errors: `BadWeights`; `OSError`."""

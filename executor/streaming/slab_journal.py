@@ -1,7 +1,7 @@
 """The journal of a slab file in the making: its recipe, then every table and every block that is written.
 
-A line each, JSON. A line is written after the bytes it speaks of; since both may be lost when power fails, a
-block counts only if its bytes still have the checksums of its line.
+A line each: its checksum and JSON. A line is written after the bytes it speaks of; since both may be lost
+when power fails, a block counts only if its line is whole and its bytes still have the checksums named there.
 """
 
 from __future__ import annotations
@@ -60,13 +60,13 @@ class Journal:
     def _lines(self) -> Iterator[_Line]:
         try:
             first, *rest = self.path.read_bytes().splitlines()
-            head = msgspec.json.decode(first, type=_Line)
+            head = _decoded(first)
             if head.recipe != self._recipe or head.version != VERSION:
                 return
             for raw in rest:
-                yield msgspec.json.decode(raw, type=_Line)
+                yield _decoded(raw)
         except (FileNotFoundError, ValueError, msgspec.DecodeError):
-            return  # there is none, or its last line was cut
+            return  # there is none, or this line is not as it was written
 
     def begin(self, kept: list[BlockEntry]) -> None:
         """Start the journal with what is kept. Errors: `OSError`."""
@@ -96,7 +96,16 @@ class Journal:
 
 
 def _encoded(line: _Line) -> bytes:
-    return msgspec.json.encode(line) + b"\n"
+    text = msgspec.json.encode(line)
+    return b"%016x %b\n" % (digest_of(text), text)
+
+
+def _decoded(raw: bytes) -> _Line:
+    """Errors: `ValueError` for a line that was cut or damaged."""
+    checksum, _, text = raw.partition(b" ")
+    if int(checksum, 16) != digest_of(text):
+        raise ValueError("not the line that was written")
+    return msgspec.json.decode(text, type=_Line)
 
 
 def _is_whole(file: DirectFile, block: BlockEntry) -> bool:

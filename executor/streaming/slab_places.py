@@ -34,17 +34,17 @@ def find_slab_file(
         except FileNotFoundError:
             continue
         except OSError as error:
-            notes.append(f"note: {path} is not used: {error.strerror}")
+            notes.append(f"{path} is not used: {error.strerror}")
             continue
         except BadWeights as error:
             if not replace:
                 raise
-            notes.append(f"note: {error}")
+            notes.append(str(error))
             continue
         differs = difference(found.index.recipe, recipe)
         if differs is None:
             return found, notes
-        notes.append(f"note: {path} is not used: {differs}")
+        notes.append(f"{path} is not used: {differs}")
     return None, notes
 
 

@@ -23,7 +23,7 @@ def slab_file_for(request: LoadRequest) -> tuple[SlabFile | None, list[str]]:
     found, notes = find_slab_file(source, strategy, recipe, replace=request.pack)
     if found is None and request.pack:
         for note in notes:
-            ui.say(note)
+            ui.say(f"note: {note}")
         name = source.folder.name if source.folder is not None else "random weights"
         path = place_for(source, strategy)
         job = PackJob(name, source, strategy, request.device, recipe, path, request.seed, request.remote_code)

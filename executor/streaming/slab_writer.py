@@ -49,6 +49,7 @@ class SlabWriter:
         self._lock = threading.Lock()
         self._failed: BaseException | None = None
         self._open: list[_Pending] = []
+        kept: list[BlockEntry] | None = None
         try:
             self._acquire()
             self._journal = Journal(path.with_name(f"{path.name}.journal"), recipe)
@@ -56,6 +57,8 @@ class SlabWriter:
             os.ftruncate(self._file.handle, kept[-1].offset + kept[-1].nbytes if kept else HEADER_BYTES)
             self._journal.begin(kept)
         except BaseException:
+            if kept == []:  # this is ours, and nothing in it is lost
+                self.partial.unlink(missing_ok=True)
             self._file.close()
             raise
         self._blocks, self.tables = list(kept), self._journal.tables

@@ -149,6 +149,20 @@ def test_resume_trusts_no_byte(
     assert goes_on(folder, whole, capsys) == second.offset
 
 
+def test_resume_trusts_no_line_of_the_journal(
+    whole: Path, killed: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A weight that goes by another's name, though its bytes are as they were written."""
+    folder = Path(shutil.copytree(killed, tmp_path / "model"))
+    journal = folder / f"{FILE}.journal"
+    lines = journal.read_bytes().splitlines(keepends=True)
+    lines[-1] = lines[-1].replace(b"gate_proj", b"down_proj", 1)
+    assert lines[-1] not in journal.read_bytes()
+    journal.write_bytes(b"".join(lines))
+    last = sorted(SlabFile.open(whole).index.blocks, key=lambda block: block.offset)[3]
+    assert goes_on(folder, whole, capsys) == last.offset
+
+
 def test_unfinished_file_of_other_weights_is_dropped(
     whole: Path, killed: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -190,6 +204,48 @@ def test_disk_full(whole: Path, model: Path, capsys: pytest.CaptureFixture[str])
     assert "ulimit -f" in hint, "room on the disk would be no help"
     assert not (model / FILE).exists()
     assert goes_on(model, whole, capsys) > 4096
+
+
+@pytest.mark.parametrize("size", [1000, 100_000])
+def test_disk_full_at_once(model: Path, capsys: pytest.CaptureFixture[str], size: int) -> None:
+    """Nothing is left, and nothing is said to be kept."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        assert main(["pack", str(model)]) == 2
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    error, hint = error_and_hint(capsys)
+    assert "cannot write" in error and "ulimit -f" in hint and "kept" not in hint
+    assert not list(model.glob("*.slab*"))
+
+
+@pytest.mark.parametrize("by_run", [False, True])
+def test_a_folder_in_its_place_costs_no_packing(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], by_run: bool
+) -> None:
+    (model / FILE).mkdir()
+    plan = make_plan(tmp_path / "plan.json", model, Workload(task="infer"), strategy(quant="nf4"))
+    run = ["run", str(plan), "--engine", "stream", "--pack", "--prompt", "x", "--output", str(tmp_path / "o")]
+    assert main(run if by_run else ["pack", str(model)]) == 2
+    error, hint = error_and_hint(capsys)
+    assert f"cannot write {model / FILE}: it is a folder" in error and "move it away" in hint
+    assert [path.name for path in model.glob("*.slab*")] == [FILE]
+
+
+@pytest.mark.parametrize("by_run", [False, True])
+def test_weights_of_another_shape(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], by_run: bool
+) -> None:
+    """Named, as engine resident names them, by packing and by streaming without a file."""
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps({**config, "intermediate_size": 300}))
+    plan = make_plan(tmp_path / "plan.json", model, Workload(task="infer"), strategy())
+    run = ["run", str(plan), "--engine", "stream", "--prompt", "x", "--output", str(tmp_path / "o")]
+    assert main(run if by_run else ["pack", str(model), "--quant", "none"]) == 2
+    error, hint = error_and_hint(capsys)
+    assert "has the shape 256x512 and config.json asks for 256x300" in error and "another model" in hint
+    assert not list(model.glob("*.slab"))
 
 
 @pytest.mark.parametrize("buffers", [2, 16])
@@ -292,11 +348,30 @@ def test_elsewhere(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert any("loaded from slab file" in note for note in json.loads(capsys.readouterr().out)["notes"])
 
 
+def test_elsewhere_and_nowhere_to_tell_runs(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("FITWRIGHT_HOME", str(model / "config.json"))
+    assert main(["pack", str(model), "-o", str(tmp_path / "other.slab")]) == 0
+    said = capsys.readouterr()
+    assert "runs will not find" in said.err and "the next time" not in said.out
+
+
+def test_no_link_is_written_through(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (model / f"{FILE}.partial").symlink_to("model.safetensors")
+    before = digest(model / "model.safetensors")
+    assert main(["pack", str(model)]) == 2
+    assert f"cannot write {model / FILE}.partial: " in error_and_hint(capsys)[0]
+    assert digest(model / "model.safetensors") == before
+
+
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
         (["{model}", "-o", "{model}/config.json"], "is no slab file"),
+        (["{model}", "-o", "{model}"], "is no slab file"),
         (["{model}", "-o", "{model}/nowhere/x.slab"], "there is no folder"),
+        (["{model}", "-o", "{model}/" + 300 * "x"], "File name too long"),
         (["{model}", "--quant", "int8", "--quant-experts", "nf4"], "goes with --quant nf4"),
         (["./nothing"], "no such file or folder"),
         (["{model}", "--quant", "int3"], "--quant"),

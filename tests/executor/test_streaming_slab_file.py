@@ -21,7 +21,7 @@ from executor.engines import LoadRequest, stream
 from executor.errors import BadWeights
 from executor.source import ModelSource
 from executor.streaming.pack import predicted_bytes
-from executor.streaming.slab_file import HEADER_BYTES, BlockEntry, SlabFile
+from executor.streaming.slab_file import HEADER_BYTES, BlockEntry, SlabFile, pack_header
 from executor.streaming.slab_reader import SlabReader
 
 pytestmark = pytest.mark.executor
@@ -242,6 +242,17 @@ def test_of_another_model(packed: ModelSource, tmp_path: Path) -> None:
     assert torch.equal(logits(loaded.model), want)
 
 
+@pytest.mark.parametrize("text", [b"{}", b'{"recipe": {}, "blocks": [{"layer": "two"}]}', b"\xff{"])
+def test_index_of_another_program(tmp_path: Path, text: bytes) -> None:
+    """Whole, by its checksums, and yet no index."""
+    index = text.ljust(HEADER_BYTES)
+    path = tmp_path / "x.slab"
+    path.write_bytes(pack_header(index, HEADER_BYTES, 2 * HEADER_BYTES) + index)
+    with pytest.raises(BadWeights, match="was written by another program") as caught:
+        SlabFile.open(path)
+    assert "\n" not in str(caught.value)
+
+
 @pytest.mark.parametrize("change", ["time", "dtype", "versions"])
 def test_outdated(packed: ModelSource, change: str, monkeypatch: pytest.MonkeyPatch) -> None:
     assert packed.folder is not None
@@ -253,4 +264,4 @@ def test_outdated(packed: ModelSource, change: str, monkeypatch: pytest.MonkeyPa
     else:
         monkeypatch.setattr("executor.streaming.recipe.version", lambda name: "9.9.9")
     job = request(packed, "nf4", dtype="fp16" if change == "dtype" else "bf16")
-    assert "is not used" in stream.load(job).notes[-1]
+    assert stream.load(job).notes[-1].startswith(f"{found(packed.folder)} is not used: packed ")
