@@ -70,6 +70,8 @@ def load_model(
         else:
             model, info = _from_folder(source, common, remote_code)
     _refuse_incomplete(info, source)
+    if strategy.quant != "none":
+        _refuse_other_shapes(model, source)
     return model.eval()
 
 
@@ -218,12 +220,37 @@ def _refuse_incomplete(info: dict[str, Any], source: ModelSource) -> None:
         )
     mismatched = sorted(tuple(entry) for entry in info.get("mismatched_keys") or ())
     if mismatched:
-        name, there, asked = mismatched[0]
-        raise BadWeights(
-            f"{_file_of(source, name)}: {name} has the shape {_shape(there)} and config.json asks for "
-            f"{_shape(asked)}",
-            "config.json or the weights are of another model; download both again",
-        )
+        raise _other_shape(source, *mismatched[0])
+
+
+def _refuse_other_shapes(model: Any, source: ModelSource) -> None:
+    for name, module in model.named_modules():
+        differing = differing_shape(module)
+        if differing is not None:
+            raise _other_shape(source, f"{name}.weight", *differing)
+
+
+def differing_shape(module: Any) -> tuple[tuple[int, ...], tuple[int, int]] | None:
+    """Shape of a quantized linear's weight in its file, and what config.json asks for, where they differ:
+    transformers compares no shapes of what it quantizes."""
+    import bitsandbytes as bnb
+
+    if isinstance(module, bnb.nn.Linear4bit):
+        there = getattr(getattr(module.weight, "quant_state", None), "shape", None)
+    elif isinstance(module, bnb.nn.Linear8bitLt):
+        there = module.weight.shape
+    else:
+        return None
+    asked = (module.out_features, module.in_features)
+    return None if there is None or tuple(there) == asked else (tuple(there), asked)
+
+
+def _other_shape(source: ModelSource, name: str, there: Any, asked: Any) -> BadWeights:
+    return BadWeights(
+        f"{_file_of(source, name)}: {name} has the shape {_shape(there)} and config.json asks for "
+        f"{_shape(asked)}",
+        "config.json or the weights are of another model; download both again",
+    )
 
 
 def _file_of(source: ModelSource, tensor: str) -> Path | None:

@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 from executor.errors import BadWeights, CannotHonour
+from executor.load import differing_shape
 from executor.streaming.arena import Arena
 from executor.streaming.disk_tier import Spill, layers_on_disk
 from executor.streaming.layers import Stack, find_stack, tied_names
@@ -166,6 +167,8 @@ def _then(took: Callable[[Any, str], None]) -> Callable[[Any], Any]:
         def set_and_tell(model: Any, name: str, value: Any, loading_info: Any, *args: Any) -> Any:
             result = stock(model, name, value, loading_info, *args)
             _refuse_mismatched(loading_info.mismatched_keys)
+            differing = differing_shape(model.get_submodule(name.rpartition(".")[0]))
+            _refuse_mismatched([] if differing is None else [(name, *differing)])
             took(model, name)
             return result
 
