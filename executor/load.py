@@ -7,6 +7,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from executor import ui
 from executor.device import torch_dtype
 from executor.errors import BadWeights, CannotHonour
 from executor.prequantized import take_as_stored
@@ -221,6 +222,12 @@ def _refuse_incomplete(info: dict[str, Any], source: ModelSource) -> None:
     mismatched = sorted(tuple(entry) for entry in info.get("mismatched_keys") or ())
     if mismatched:
         raise _other_shape(source, *mismatched[0])
+    unused = sorted(info.get("unexpected_keys") or ())
+    if unused:
+        ui.say(
+            f"warning: {len(unused)} tensor(s) of {source.folder} are not in the model that config.json "
+            f"describes and are not used, first {unused[0]}"
+        )
 
 
 def _refuse_other_shapes(model: Any, source: ModelSource) -> None:
