@@ -128,19 +128,20 @@ def read_config(source: ModelSource, remote_code: bool) -> Any:
     Errors: `CannotHonour` for an architecture transformers lacks, or one that needs remote code without
     leave.
     """
+    from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoConfig
 
     if source.folder is None:
         return make_config(source.config)
     try:
         return AutoConfig.from_pretrained(source.folder, local_files_only=True, trust_remote_code=remote_code)
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, StrictDataclassError) as error:
         if "trust_remote_code" in str(error):
             raise CannotHonour(
                 f"{source.folder} needs Python code that comes with it",
                 "give --trust-remote-code if you trust its authors",
             ) from None
-        raise CannotHonour(f"transformers cannot read {source.folder}: {_first_line(error)}") from None
+        raise CannotHonour(f"transformers cannot read {source.folder}: {_one_line(error)}") from None
 
 
 def attention_for(config: Any, strategy: Strategy) -> str:
@@ -160,6 +161,7 @@ def attention_for(config: Any, strategy: Strategy) -> str:
 
 def make_config(facts: dict[str, Any]) -> Any:
     """transformers' config object from the config facts of a plan."""
+    from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoConfig
 
     fields = {
@@ -167,10 +169,8 @@ def make_config(facts: dict[str, Any]) -> Any:
     }
     try:
         return AutoConfig.for_model(facts["model_type"], **fields)
-    except (KeyError, ValueError) as error:
-        raise CannotHonour(
-            f"transformers cannot build this architecture: {str(error).splitlines()[0][:160]}"
-        ) from None
+    except (KeyError, ValueError, StrictDataclassError) as error:
+        raise CannotHonour(f"transformers cannot build this architecture: {_one_line(error)}") from None
 
 
 def load_tokenizer(source: ModelSource, remote_code: bool = False) -> Any:
@@ -189,7 +189,7 @@ def load_tokenizer(source: ModelSource, remote_code: bool = False) -> Any:
         )
     except (OSError, ValueError, KeyError) as error:
         raise BadWeights(
-            f"{source.folder} has no usable tokenizer: {_first_line(error)}",
+            f"{source.folder} has no usable tokenizer: {_one_line(error)}",
             "put tokenizer.json beside the weights",
         ) from None
     if tokenizer.vocab_size <= len(tokenizer.all_special_tokens):
@@ -202,9 +202,8 @@ def load_tokenizer(source: ModelSource, remote_code: bool = False) -> Any:
     return tokenizer
 
 
-def _first_line(error: Exception) -> str:
-    text = str(error).strip()
-    return text.splitlines()[0][:160] if text else type(error).__name__
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:160] or type(error).__name__
 
 
 def layer_count(model: Any) -> int:

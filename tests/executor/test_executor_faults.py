@@ -160,6 +160,10 @@ def test_shapes_other_than_the_config_asks_for_are_named_by_tensor_and_file(
 def test_weights_that_the_config_has_no_place_for_are_told(tmp_path: Path, model: Path, capsys: Any) -> None:
     edit("config.json", num_hidden_layers=1)(model)
     plan = make_plan(tmp_path / "plan.json", model, INFER, strategy())
+    said = fails(capsys, plan, "--prompt", "x", "--output", tmp_path / "o")
+    assert f"transformers cannot read {model}: " in said, "layer_types has more"
+    edit("config.json", layer_types=["full_attention"])(model)
+    plan = make_plan(tmp_path / "plan.json", model, INFER, strategy())
     assert main(["run", str(plan), "--prompt", "x", "--output", str(tmp_path / "o")]) == 0
     said = capsys.readouterr().err
     assert f"of {model} are not in the model that config.json describes" in said
