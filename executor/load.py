@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import sys
+from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -220,7 +221,8 @@ def _refuse_incomplete(info: dict[str, Any], source: ModelSource) -> None:
         )
     mismatched = sorted(tuple(entry) for entry in info.get("mismatched_keys") or ())
     if mismatched:
-        raise _other_shape(source, *mismatched[0])
+        name, there, asked = mismatched[0]
+        raise other_shape(f"{_file_of(source, name)}: {name}", there, asked)
     unused = sorted(info.get("unexpected_keys") or ())
     if unused:
         ui.say(
@@ -233,14 +235,16 @@ def _refuse_other_shapes(model: Any, source: ModelSource) -> None:
     for name, module in model.named_modules():
         differing = differing_shape(module)
         if differing is not None:
-            raise _other_shape(source, f"{name}.weight", *differing)
+            weight = f"{name}.weight"
+            raise other_shape(f"{_file_of(source, weight)}: {weight}", *differing)
 
 
 def differing_shape(module: Any) -> tuple[tuple[int, ...], tuple[int, int]] | None:
     """Shape of a quantized linear's weight in its file, and what config.json asks for, where they differ:
     transformers compares no shapes of what it quantizes."""
-    import bitsandbytes as bnb
-
+    bnb = sys.modules.get("bitsandbytes")  # without it nothing is quantized
+    if bnb is None:
+        return None
     if isinstance(module, bnb.nn.Linear4bit):
         there = getattr(getattr(module.weight, "quant_state", None), "shape", None)
     elif isinstance(module, bnb.nn.Linear8bitLt):
@@ -251,10 +255,11 @@ def differing_shape(module: Any) -> tuple[tuple[int, ...], tuple[int, int]] | No
     return None if there is None or tuple(there) == asked else (tuple(there), asked)
 
 
-def _other_shape(source: ModelSource, name: str, there: Any, asked: Any) -> BadWeights:
+def other_shape(tensor: str, there: Iterable[int], asked: Iterable[int]) -> BadWeights:
+    """The error for a tensor of the checkpoint that has another shape than the model's."""
+    found, wanted = ("x".join(map(str, shape)) for shape in (there, asked))
     return BadWeights(
-        f"{_file_of(source, name)}: {name} has the shape {_shape(there)} and config.json asks for "
-        f"{_shape(asked)}",
+        f"{tensor} has the shape {found} and config.json asks for {wanted}",
         "config.json or the weights are of another model; download both again",
     )
 
@@ -265,7 +270,3 @@ def _file_of(source: ModelSource, tensor: str) -> Path | None:
         return None
     found = read_headers(source.folder).get(tensor)
     return found.file if found is not None else source.folder
-
-
-def _shape(shape: Any) -> str:
-    return "x".join(map(str, shape))

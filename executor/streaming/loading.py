@@ -8,7 +8,7 @@ What stands on the device at once is what is not streamed, one layer, and one we
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -16,8 +16,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from executor.errors import BadWeights, CannotHonour
-from executor.load import differing_shape
+from executor.errors import CannotHonour
+from executor.load import differing_shape, other_shape
 from executor.streaming.arena import Arena
 from executor.streaming.disk_tier import Spill, layers_on_disk
 from executor.streaming.layers import Stack, find_stack, tied_names
@@ -166,27 +166,18 @@ def _then(took: Callable[[Any, str], None]) -> Callable[[Any], Any]:
     def around(stock: Any) -> Any:
         def set_and_tell(model: Any, name: str, value: Any, loading_info: Any, *args: Any) -> Any:
             result = stock(model, name, value, loading_info, *args)
-            _refuse_mismatched(loading_info.mismatched_keys)
+            # the loader notes a weight of another shape and leaves its place empty: nothing to pack or stream
+            for tensor, *shapes in loading_info.mismatched_keys:
+                raise other_shape(tensor, *shapes)
             differing = differing_shape(model.get_submodule(name.rpartition(".")[0]))
-            _refuse_mismatched([] if differing is None else [(name, *differing)])
+            if differing is not None:
+                raise other_shape(name, *differing)
             took(model, name)
             return result
 
         return set_and_tell
 
     return around
-
-
-def _refuse_mismatched(noted: Collection[tuple[str, Sequence[int], Sequence[int]]]) -> None:
-    """The loader notes a weight of another shape (name, shape in the file, shape asked for) and leaves its
-    place empty: there is nothing to pack. Errors: `BadWeights`.
-    """
-    for name, *shapes in noted:
-        there, asked = ("x".join(map(str, shape)) for shape in shapes)
-        raise BadWeights(
-            f"{name} has the shape {there} and config.json asks for {asked}",
-            "config.json or the weights are of another model; download both again",
-        )
 
 
 @contextmanager

@@ -117,6 +117,8 @@ def test_resumed_runs_end_with_the_bytes_of_unbroken_ones(
         resumed = run(plan, small, part, *more)
         assert resumed["resumed_from_step"] == step and resumed["steps"] == 12
         assert resumed["losses"] == first["losses"] and len(set(first["losses"])) == 12
+        assert len(first["step_seconds"]) == 12 and min(first["step_seconds"]) > 0
+        assert len(resumed["step_seconds"]) == 12 - step, "those of this process"
         same = (tmp_path / "whole" / result).read_bytes() == (part / result).read_bytes()
         assert same, f"resumed from step {step}"
         assert resumed["notes"] == first["notes"]

@@ -27,6 +27,7 @@ from executor.errors import BadWeights
 from executor.streaming import checkpoint_reader
 from executor.streaming.slab_file import SlabFile
 from executor.streaming.slab_journal import Journal
+from executor.streaming.slab_writer import SlabWriter
 from planner.types import Workload
 
 pytestmark = pytest.mark.executor
@@ -231,6 +232,20 @@ def test_a_folder_in_its_place_costs_no_packing(
     error, hint = error_and_hint(capsys)
     assert f"cannot write {model / FILE}: it is a folder" in error and "move it away" in hint
     assert [path.name for path in model.glob("*.slab*")] == [FILE]
+
+
+def test_packing_lets_its_threads_work(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They would wait for the thread that quantizes; afterwards all is as it was."""
+    before, seen = sys.getswitchinterval(), []
+    stock = SlabWriter.add
+
+    def add(writer: SlabWriter, *block: Any) -> None:
+        seen.append(sys.getswitchinterval())
+        stock(writer, *block)
+
+    monkeypatch.setattr(SlabWriter, "add", add)
+    assert main(["pack", str(model)]) == 0
+    assert seen and max(seen) < before == sys.getswitchinterval()
 
 
 @pytest.mark.parametrize("quant", ["none", "nf4", "int8"])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import sys
 from pathlib import Path
 
 import msgspec
@@ -164,3 +165,8 @@ def test_command_line(tmp_path: Path, tiny: Path, capsys: pytest.CaptureFixture[
     assert (report["engine"], report["layers_resident"], report["layers_streamed"]) == ("stream", 1, 3)
     assert report["slots"] == 2 and report["bytes_streamed"] > 0 and report["link_bytes_per_s"] > 0
     assert report["error"] == {}, "what was predicted for another engine is no prediction for this one"
+
+
+def test_a_model_that_is_not_quantized_needs_no_bitsandbytes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "bitsandbytes", None)
+    stream.load(request(random_source("qwen3"), "none", 1)).close()

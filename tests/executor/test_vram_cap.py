@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -13,10 +14,12 @@ import torch
 
 from executor.errors import CannotHonour
 from executor.vram_cap import GRANULE, PAGE, VramCap
+from planner.plan import read_plan
 from planner.units import GIB, MIB
 
 pytestmark = pytest.mark.executor
 DEVICE = torch.device("cuda", 0)
+FOLDER = Path(__file__).parents[2] / "benchmarks" / "streaming"
 TOTAL = 24 * GIB
 
 
@@ -89,6 +92,20 @@ def test_managed_memory_to_come_is_kept_free_from_the_beginning(asked: list[floa
     card.context += 20 * MIB
     cap.tighten(managed_bytes=100 * MIB)
     assert asked[0] - asked[1] == 20 * MIB, "more came than was foreseen"
+
+
+def test_an_attempt_keeps_free_what_its_optimizer_will_page(asked: list[float]) -> None:
+    """As its candidate's estimate has it."""
+    from executor.attempt import Attempt
+
+    plan = read_plan(FOLDER / "llama8b-qlora-2.5gib.plan.json")
+    card: Any = SimpleNamespace(open=lambda *_: None, context_bytes=lambda: 500 * MIB)
+    options: Any = SimpleNamespace(vram_cap_bytes=8 * GIB)
+    parts: list[Any] = [None] * 4
+    attempt = Attempt(plan, plan.candidates[0], options, *parts[:3], card, parts[3])
+    attempt._open_card(DEVICE)
+    paged = plan.candidates[0].estimate.gpus[0].managed_bytes
+    assert paged > 0 and asked == [8 * GIB - 500 * MIB - paged - PAGE]
 
 
 def test_there_is_a_cap_where_no_context_is_seen(asked: list[float]) -> None:
