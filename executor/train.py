@@ -70,6 +70,7 @@ def train(job: Training) -> Trained:
     with (
         choose_loss(job.strategy, job.device, model, notes),
         _watched(model, job.meter),
+        _lean(job, model),
         _checkpoints_away(job, model, notes),
         ui.Steps("training", total, resumed) as steps,
         contextlib.ExitStack() as ending,
@@ -240,6 +241,14 @@ def _watched(model: Any, meter: MomentMeter) -> Iterator[None]:
         yield
     finally:
         remove()
+
+
+def _lean(job: Training, model: Any) -> contextlib.AbstractContextManager[None]:
+    if not job.loaded.slots:
+        return contextlib.nullcontext()
+    from executor.streaming.training import lean
+
+    return lean(model)
 
 
 @contextlib.contextmanager

@@ -221,7 +221,7 @@ def _memory(arch: Architecture, work: Workload, how: Strategy, gpu: Gpu | None) 
 
 @identities_cache
 def _memory_beside(arch: Architecture, work: Workload, how: Strategy, workspace: int) -> CardMemory:
-    place = replace(how, placement="full_gpu", engine="resident")
+    place = replace(how, placement="full_gpu", engine="stream" if how.engine == "stream" else "resident")
     if work.task == "train":
         return training_memory(arch, work, place, workspace)
     memory = inference_memory(arch, work, place, workspace)

@@ -37,6 +37,7 @@ from executor.engines import resident, stream
 from executor.losses import chunked_loss
 from executor.quiet import silence_loaded
 from executor.source import ModelSource
+from executor.streaming.training import lean
 from executor.train import keep_unpacked
 from planner.exact.adapters import add_adapters
 from planner.types import Quant, Workload
@@ -169,7 +170,8 @@ def trap(bench: Bench, quant: Quant, mode: str) -> int:
             changed.enter_context(patch.object(stream, "SLOTS", 3))
             if stock:
                 changed.enter_context(patch("executor.streaming.linears.adopt", lambda _streamer: None))
-            model, loaded = changed.enter_context(opened(once, quant, 0))
+            # lean, a layer's backward follows its being computed again: nothing comes between
+            model, loaded = changed.enter_context(opened(once, quant, 0, leanly=False))
             got = train(once, model, mode)
             products = "bitsandbytes" if stock else "ours"
             unexpected += report(once, quant, loaded, mode, False, want, got, reused=products)
@@ -178,9 +180,10 @@ def trap(bench: Bench, quant: Quant, mode: str) -> int:
 
 @contextmanager
 def opened(
-    bench: Bench, quant: Quant, kept: int | None, outside: tuple[str, ...] = ()
+    bench: Bench, quant: Quant, kept: int | None, outside: tuple[str, ...] = (), leanly: bool = True
 ) -> Iterator[tuple[Any, Any]]:
-    """The model with adapters, and how it was loaded: by engine resident for `kept` None."""
+    """The model with adapters, and how it was loaded: by engine resident for `kept` None. `leanly`: what
+    streams is trained as the executor does, not as peft and torch do."""
     job = Workload(task="train", method="lora" if quant == "none" else "qlora")
     asked = equality.request(bench.model, quant, kept, job, outside)
     asked = dataclasses.replace(asked, source=ModelSource(None, dict(bench.config)), device=bench.device)
@@ -189,7 +192,8 @@ def opened(
         model = add_adapters(loaded.model, job, asked.candidate.strategy).train()
         model.config.use_cache = False
         keep_unpacked(model)
-        yield model, loaded
+        with lean(model) if leanly and kept is not None else nullcontext():
+            yield model, loaded
     finally:
         equality.synchronize(bench.device)
         loaded.close()

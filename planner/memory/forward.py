@@ -14,7 +14,7 @@ import math
 from functools import lru_cache
 
 from planner.memory.adapters import is_target
-from planner.memory.lora import lora
+from planner.memory.lora import is_joined, joined_lora, lora
 from planner.memory.shapes import Pass
 from planner.memory.tape import Tape, Tensor
 from profiles.schema import Linear, Norm
@@ -35,7 +35,7 @@ def linear(tape: Tape, p: Pass, x: Tensor, spec: Linear, outliers: float = 0.0) 
     out = _base(tape, p, x, spec, t, outliers)
     if not adapted(p, spec):
         return out
-    return lora(tape, p, x, out, spec, t)
+    return (joined_lora if is_joined(p, x, out) else lora)(tape, p, x, out, spec, t)
 
 
 def _base(tape: Tape, p: Pass, x: Tensor, spec: Linear, t: int, outliers: float) -> Tensor:

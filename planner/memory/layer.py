@@ -146,9 +146,11 @@ def _walk_back(tape: Tape, out: Tensor, grad: Tensor) -> int:
 
 def _recompute_peak(layer: Layer, p: Pass, n: int, output: int, saving_ops: int) -> int:
     """Backward of a checkpointed layer, from an input of `n` bytes and a gradient of `output`."""
-    tape = Tape(stop_after=saving_ops)
+    tape = Tape(stop_after=None if p.streams else saving_ops)
     x = Tensor(n, needs_grad=True, width=p.stream)
     grad = tape.new(output)
+    if p.streams:  # who computes the layer again holds it to the end, and begins backward afterwards
+        tape.hold(grad)
     out = run_layer(tape, p, x, layer)
     forward = tape.peak
     tape.free(out)
@@ -157,7 +159,7 @@ def _recompute_peak(layer: Layer, p: Pass, n: int, output: int, saving_ops: int)
     tape.mark()
     # backward of what follows the last saved tensor runs first; its gradients wait through recomputation
     waiting = tape.backward(out)
-    return max(forward + waiting, tape.peak)
+    return max(forward if p.streams else forward + waiting, tape.peak)
 
 
 def run_layer(tape: Tape, p: Pass, x: Tensor, layer: Layer) -> Tensor:

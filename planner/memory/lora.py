@@ -61,6 +61,47 @@ def lora(tape: Tape, p: Pass, x: Tensor, base: Tensor, spec: Linear, t: int) -> 
     return out
 
 
+def is_joined(p: Pass, x: Tensor, base: Tensor) -> bool:
+    """Does engine stream compute this adapter as one node (`executor/streaming/adapters.py`)?"""
+    return p.streams and p.train and p.autocast and not p.dora and x.width == p.width == base.width
+
+
+def joined_lora(tape: Tape, p: Pass, x: Tensor, base: Tensor, spec: Linear, t: int) -> Tensor:
+    """LoRA as one node of autograd. What dropout left of the input is made again in backward."""
+    wide_in = t * spec.inputs * p.width
+    packed = p.quant != "none" and spec.quantized
+    a, b = (tape.parameter(n * p.rank * p.adapter_width, True) for n in (spec.inputs, spec.outputs))
+    saved, dropped = [], 0
+    if p.dropout > 0:
+        # peft has an adapter drop elements of its input in the adapter's dtype, but over quantized layers
+        wide = wide_in if packed else t * spec.inputs * p.adapter_width
+        cast = tape.new(wide if wide != wide_in else 0)
+        mask = tape.new(t * spec.inputs)
+        kept = tape.new(wide)
+        tape.free(cast)
+        if wide != wide_in:
+            narrow = tape.new(wide_in)
+            tape.free(kept)
+            kept = narrow
+        saved, dropped = [mask], wide_in
+    if p.adapter_width != p.width:
+        saved += [tape.new(n * p.rank * p.width) for n in (spec.inputs, spec.outputs)]
+    saved.append(tape.new(t * p.rank * p.width))
+    if p.dropout > 0:
+        tape.free(kept)
+    out = tape.op(
+        (x, a, b),
+        base.bytes,
+        save=(x, *saved),
+        save_late=True,
+        before=max(base.bytes, dropped),
+        back_temp=dropped,
+        alias=base,
+    )
+    tape.free(base, *saved)
+    return out
+
+
 def _if_cached(weight: Tensor) -> tuple[Tensor, ...]:
     return () if weight.leaf else (weight,)
 

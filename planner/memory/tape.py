@@ -70,7 +70,7 @@ class Tensor:
 
 
 class _Node:
-    __slots__ = ("alias", "back_temp", "grad_bytes", "inputs", "out", "saved", "unpacks")
+    __slots__ = ("alias", "back_temp", "before", "grad_bytes", "inputs", "out", "saved", "through", "unpacks")
 
     def __init__(
         self,
@@ -81,11 +81,17 @@ class _Node:
         alias: bool = False,
         grad_bytes: int | None = None,
         unpacks: bool = False,
+        before: int = 0,
+        through: Tensor | None = None,
     ) -> None:
         self.inputs = inputs
         self.out = out
         self.saved = saved
         self.back_temp = back_temp
+        self.before = before
+        """Bytes its backward needs before there is any gradient to hand on."""
+        self.through = through
+        """An input that receives the output's very gradient beside those that get one of their own."""
         self.alias = alias
         self.grad_bytes = grad_bytes
         self.unpacks = unpacks
@@ -180,28 +186,33 @@ class Tape:
         grad_bytes: int | None = None,
         save_weight: bool = False,
         width: int = 0,
+        before: int = 0,
+        save_late: bool = False,
+        alias: Tensor | None = None,
     ) -> Tensor:
         """Run an op: allocate `temp` during it, then its output, of the first input's dtype unless `width`
         says otherwise.
 
         `save`: inputs autograd keeps for backward (activations only; weights are counted elsewhere, and
-        `save_weight` says that one is kept). `back_temp`: bytes its backward needs besides the gradients.
+        `save_weight` says that one is kept). `back_temp`: bytes its backward needs besides the gradients,
+        `before`: ahead of them. `save_late`: saved when all is computed, as a Function of Python does.
+        `alias`: one more input, which receives the very gradient of the output.
         `grad_bytes`: size of each input's gradient where it is not the input's own size.
         """
-        needs_grad = any(t.needs_grad for t in inputs)
+        needs_grad = any(t.needs_grad for t in inputs) or (alias is not None and alias.needs_grad)
         records = self.recording and needs_grad
-        saves = records and (bool(save) or save_out or save_weight)
+        saves, late = records and (bool(save) or save_out or save_weight), save_out or save_late
         # inputs are saved before the kernel runs, an output after it
-        self.saving_ops += saves and not save_out
+        self.saving_ops += saves and not late
         if temp:
             self.touch(temp + rounded(out_bytes))
         out = self.new(out_bytes, needs_grad, width or inputs[0].width)
-        self.saving_ops += saves and save_out
+        self.saving_ops += saves and late
         if records:
             saved = [*save, out] if save_out else list(save)
             for tensor in saved:
                 tensor.refs += 1
-            self._nodes.append(_Node(inputs, out, saved, back_temp, False, grad_bytes, saves))
+            self._nodes.append(_Node(inputs, out, saved, back_temp, False, grad_bytes, saves, before, alias))
         return out
 
     def view(self, base: Tensor, n: int) -> Tensor:
@@ -263,8 +274,8 @@ class Tape:
             if node.alias:
                 self._pass_on(node, grad)
                 continue
-            if node.back_temp:
-                self.touch(node.back_temp)
+            if node.back_temp or node.before:
+                self.touch(max(node.back_temp, node.before))
             fresh = [
                 (t, self.new(t.bytes if node.grad_bytes is None else node.grad_bytes))
                 for t in node.inputs
@@ -274,6 +285,8 @@ class Tape:
                 self.touch(node.back_temp)
             for tensor in node.saved:
                 self.free(tensor)
+            if node.through is not None and node.through.needs_grad:
+                self._accumulate(node.through, self.hold(grad))
             self.free(grad)
             for tensor, new in fresh:
                 self._accumulate(tensor, new)

@@ -47,6 +47,7 @@ def training_pass(arch: Architecture, work: Workload, how: Strategy) -> Pass:
         dropout=work.lora_dropout,
         adapter_width=WIDTH[work.adapter_dtype],
         dora=work.lora_variant == "dora",
+        streams=how.engine == "stream",
         liger=how.kernels == "liger",
         attention=how.attention,
         **habits(arch.model_type, True),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from executor.engines import resident, stream
 from executor.errors import CannotHonour
 from executor.source import ModelSource
 from executor.streaming import linears
+from executor.streaming.training import lean
 from executor.train import keep_unpacked
 from planner.exact.adapters import add_adapters
 
@@ -35,10 +37,16 @@ CASES = [
 
 
 def train(
-    engine: Any, source: ModelSource, quant: str, mode: str, kept: int | None = None, variant: str = "lora"
+    engine: Any,
+    source: ModelSource,
+    quant: str,
+    mode: str,
+    kept: int | None = None,
+    variant: str = "lora",
+    leanly: bool = False,
 ) -> list[Any]:
     """Losses, gradients and adapters of two steps with two micro-batches of different lengths, and an
-    evaluation between the steps."""
+    evaluation between the steps. `leanly`: as the executor trains what streams."""
     asked = request(source, quant, kept, task="train")
     job = msgspec.structs.replace(asked.workload, lora_variant=variant)
     asked = dataclasses.replace(asked, workload=job)
@@ -48,6 +56,13 @@ def train(
     model.config.use_cache = False
     keep_unpacked(model)
     _set_up(model, mode)
+    with lean(model) if leanly else nullcontext():
+        seen = _two_steps(model)
+    loaded.close()
+    return seen
+
+
+def _two_steps(model: Any) -> list[torch.Tensor]:
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=1e-2)
     draws = torch.Generator().manual_seed(4)
@@ -65,7 +80,6 @@ def train(
         with torch.no_grad():
             seen.append(model.eval()(input_ids=ids).logits)
         model.train()
-    loaded.close()
     return [*seen, *(p.detach().clone() for p in trained)]
 
 
@@ -90,7 +104,9 @@ def test_equal_to_resident(tmp_path: Path, kind: str, quant: str, mode: str) -> 
     source = write_model(tmp_path, kind)
     want = train(resident, source, quant, mode)
     for kept in (0, 2):
-        assert same(train(stream, source, quant, mode, kept), want), f"{kept} resident layers"
+        for leanly in (True, False):
+            got = train(stream, source, quant, mode, kept, leanly=leanly)
+            assert same(got, want), f"{kept} resident layers, {'lean' if leanly else 'as peft and torch do'}"
 
 
 @pytest.mark.parametrize(("quant", "mode"), [("none", "none"), ("nf4", "none"), ("nf4", "non-reentrant")])
@@ -136,7 +152,7 @@ def shuffled(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_right_under_any_schedule(tmp_path: Path, kind: str, quant: str, mode: str) -> None:
     """Handles do not rely on a layer coming back to its slot, or being there by chance."""
     source = write_model(tmp_path, kind)
-    assert same(train(stream, source, quant, mode, 0), train(resident, source, quant, mode))
+    assert same(train(stream, source, quant, mode, 0, leanly=True), train(resident, source, quant, mode))
 
 
 @pytest.mark.parametrize(("quant", "mode"), [("nf4", "none"), ("nf4", "non-reentrant"), ("int8", "none")])

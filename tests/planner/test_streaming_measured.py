@@ -30,7 +30,7 @@ PAGE = 20 * MIB
 MEASURED = [
     row
     for row in map(json.loads, (FOLDER / "results.jsonl").read_text().splitlines())
-    if row["exit_code"] == 0
+    if row["exit_code"] == 0 and "superseded" not in row
 ]
 STREAMED = [
     row for row in MEASURED if row["report"]["engine"] == "stream" and row["report"]["layers_streamed"]
