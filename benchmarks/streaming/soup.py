@@ -49,6 +49,7 @@ def main() -> int:
     parser.add_argument("--cap", nargs="+", default=["2.5GiB", "4GiB"])
     parser.add_argument("--steps", type=int, default=12)
     parser.add_argument("--seq-len", type=int, default=2048)
+    parser.add_argument("--chunks", type=int, nargs="+", default=[0, CHUNK], help="of Soup's loss; 0: none")
     parser.add_argument("--scratch", type=Path, help="where three times the weights have room")
     parser.add_argument("--cpu", action="store_true")
     args = parser.parse_args()
@@ -72,7 +73,8 @@ def compare(folder: Path, args: argparse.Namespace) -> int:
         ours = ours_under(folder, args, cap)
         failed += ours["error"] is not None
         show("fitwright", args, cap, ours)
-        for chunk in (None, CHUNK):
+        for chunk in args.chunks:
+            chunk = chunk or None
             show("soup", args, cap, soup_under(folder, args, cap, chunk), loss_chunk=chunk)
     return int(failed > 0)
 

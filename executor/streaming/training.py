@@ -16,10 +16,14 @@ def lean(model: Any) -> Iterator[None]:
     card: adapters are joined (they stay so afterwards), checkpointing is that of `recompute`, and whoever
     says once more that the model trains does not walk through all its modules."""
     join_adapters(model)
-    train = model.train
+    train, last = model.train, None  # peft's own module says that it trains before the others do
 
     def train_once(mode: bool = True) -> Any:
-        return model if model.training == mode else train(mode)
+        nonlocal last
+        if mode != last:
+            train(mode)
+            last = mode
+        return model
 
     model.train = train_once
     try:
