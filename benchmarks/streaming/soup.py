@@ -121,6 +121,7 @@ def ours_under(folder: Path, args: argparse.Namespace, cap: str | None) -> dict[
     except subprocess.CalledProcessError:
         return {"error": "no plan fits"}
     command = ["run", plan, "--dataset", folder / "rows.jsonl", "--max-steps", args.steps, "--offline"]
+    command += ["--save-steps", args.steps + 1]  # as Soup, which saves every hundred
     command += ["--candidate", 1, *chosen, "--output", output]
     began = time.monotonic()
     ended = subprocess.run(

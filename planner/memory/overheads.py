@@ -131,19 +131,30 @@ _RESIDUALS = {
 benchmarks/calibration. Beside them 0.3 % of the peak are left open on both sides (`planner.estimate`). What a
 played run lacks are blocks of 1 MiB and less, and the chance in where large ones settle: in a generation only
 what lies beside the weights takes part in that."""
-_EXPANDABLE = {
-    "infer": ((0.005, 14 * MIB), (0.015, 52 * MIB)),
-    "train": ((0.012, 14 * MIB), (0.035, 52 * MIB)),
-}
+_EXPANDABLE = (0.005, 14 * MIB), (0.015, 52 * MIB)
 """Engine stream is the executor's own, which has expandable segments: share of the peak and bytes, typical
 and high. Six generations on an H200 reserved 0.57 to 0.98 % more than they allocated; of the two others
-(benchmarks/streaming/results.jsonl) one was held by its loading, one had filled its cap. Training, by the
-caps of resident runs with expandable segments, of which the middle half needs 0.5 to 2 %
-(benchmarks/accuracy/results.jsonl, `expandable`). A cap leaves 20 MiB free (`executor.vram_cap`)."""
-_BESIDE_CHECKPOINT = 10 * MIB
-"""Half a page: what may lie idle beside each checkpoint that stays on the card, between what a layer takes
-and gives back. With 28 of them Qwen2.5-7B ran out of memory with 11 % of its peak free, in one run of two
-(benchmarks/streaming/README.md)."""
+(benchmarks/streaming/results.jsonl) one was held by its loading, one had filled its cap. A cap leaves 20 MiB
+free (`executor.vram_cap`)."""
+
+
+class Idle(Struct, frozen=True):
+    """What a streamed training leaves idle between its tensors: where a layer's largest blocks come and go
+    there is room for one that is not there."""
+
+    blocks: float
+    """Of the largest block of a layer in work: a weight made whole for its product, or by `_LARGEST` of all
+    that there is at once."""
+    checkpoint: int
+    """Beside each checkpoint that stays on the card, less than a page of 20 MiB."""
+    fixed: int
+
+
+_LARGEST = 0.08
+_IDLE = Idle(1.0, 2 * MIB, 0), Idle(1.1, 10 * MIB, 40 * MIB)
+"""Typical and high. Eight plans on an H200 reserved 0.9 to 1.1 such blocks above their peak with checkpoints
+in RAM, the same in every run, and 1 to 5 MiB more a checkpoint on the card; under caps of 0.6 to 0.9 blocks
+above it an 8B ran out of memory, a 7B with 0.7 did not (benchmarks/streaming)."""
 _APART = 0.5
 """Of the difference between the played run's allocated peak and the estimate's, left open above."""
 
@@ -158,9 +169,10 @@ def slack(
     """
     peak = card.peak.bytes
     if how.engine == "stream":
-        typical, high = (int(share * peak) + n for share, n in _EXPANDABLE[work.task])
-        if work.task == "train" and how.gradient_checkpointing and not how.activation_offload:
-            high += arch.layers * _BESIDE_CHECKPOINT
+        if work.task == "train":
+            typical, high = (_idle(card, arch, how, left) for left in _IDLE)
+        else:
+            typical, high = (int(share * peak) + n for share, n in _EXPANDABLE)
         return Slack(0, typical, high, "pages that are in use in part")
     if holes is None:
         return _shares(card, arch, work, how)
@@ -172,6 +184,13 @@ def slack(
         holes.bytes + share.above.of(peak, holes.bytes, beside) + apart,
         "what the step leaves free in segments that are in use",
     )
+
+
+def _idle(card: CardMemory, arch: Architecture, how: Strategy, left: Idle) -> int:
+    in_work = sum(item.bytes for item in card.peak.lines if item.name == "layer in work")
+    largest = max(card.dequantized_bytes, _LARGEST * in_work)
+    kept = arch.layers if how.gradient_checkpointing and not how.activation_offload else 0
+    return int(left.blocks * largest) + kept * left.checkpoint + left.fixed
 
 
 def _regime(work: Workload, how: Strategy) -> str:
