@@ -54,7 +54,7 @@ def layer_cost(layer: Layer, p: Pass, hidden: int, first: bool = False) -> Layer
     x = Tensor(n, needs_grad=p.train, width=p.stream)
     out = run_layer(plain, p, x, layer)
     forward_peak, output, width = plain.peak, out.bytes, out.width
-    leaked = _pinned(plain, x)
+    leaked = 0 if p.streams else _pinned(plain, x)  # engine stream's forward makes no node to hold a ctx
     if not p.train:
         return LayerCost(forward_peak, output, 0, 0, forward_peak, 0, 0, 0, width)
 

@@ -94,6 +94,9 @@ def optimizer_state(arch: Architecture, work: Workload, how: Strategy) -> StateB
 IN_FLIGHT = 2
 """Checkpoints on the card at once while the others are in RAM: the one in use and the one on its way. Those
 of the last layers never leave (`executor/activation_offload.py`)."""
+LATE = 2
+"""Engine stream hands them over when their layer has run, so that in forward so many more are there (measured:
+Llama-3.1-8B, Qwen2.5-7B and 14B, benchmarks/streaming/results.jsonl)."""
 
 
 def _stream(arch: Architecture, p: Pass) -> int:
@@ -101,8 +104,10 @@ def _stream(arch: Architecture, p: Pass) -> int:
 
 
 def _cached_adapters(arch: Architecture, work: Workload, p: Pass) -> int:
-    """autocast's 16-bit copies of float32 adapter weights, alive until the forward pass is left."""
-    if not (p.autocast and p.adapters and p.adapter_width != p.width):
+    """autocast's 16-bit copies of float32 adapter weights, alive until the forward pass is left; engine
+    stream's adapters make theirs for one pass of one layer."""
+    joined = p.streams and not p.dora
+    if joined or not (p.autocast and p.adapters and p.adapter_width != p.width):
         return 0
     return adapter_parameters(arch, work) * p.width
 
@@ -133,7 +138,8 @@ def _checkpointed(
     waiting = line("gradients", fixed.accumulated, ACCUMULATED)
     cached = line("autocast copies", _cached_adapters(arch, work, p), "16-bit adapters until forward is left")
     at = max(range(arch.layers), key=lambda i: alive[i + 1] + costs[i].forward_peak)
-    so_far = line("checkpoints", alive[at + 1], inputs.formula)
+    handed_late = LATE if p.streams and offload and arch.layers > IN_FLIGHT + LATE else 0
+    so_far = line("checkpoints", alive[at + 1] + handed_late * layers.inputs[at], inputs.formula)
     work_there = _working(costs[at].forward_peak)
     shots = [
         snapshot("forward", (*fixed.lines, waiting, embeds, so_far, kept, cached, work_there)),
