@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import weakref
 from collections import UserDict
 from functools import partial
 from types import SimpleNamespace
@@ -139,6 +140,8 @@ def test_an_adapter_that_came_later_is_left_to_peft(later: dict[str, Any]) -> No
         torch.manual_seed(8)
         model.add_adapter("later", LoraConfig(r=2, target_modules=["left"], init_lora_weights=False, **later))
         model.set_adapter("later")
+        for magnitude in model.base_model.model.left.lora_magnitude_vector.values():
+            magnitude.weight.data *= 1.5  # DoRA begins as LoRA
         outputs.append(model.train()(torch.ones(3, HIDDEN)))
     assert torch.equal(*outputs)
 
@@ -261,6 +264,22 @@ def test_layers_computed_again_have_the_bits_of_recorded_ones(keyword: bool) -> 
     got, ours = passes("ours", keyword)
     assert same(got, passes("recorded", keyword)[0])
     assert ours == (0 if keyword else 6)
+
+
+def test_a_layers_output_is_let_go_before_its_backward() -> None:
+    there: list[bool] = []
+
+    def run(x: torch.Tensor) -> torch.Tensor:
+        inner = x * 2
+        output = inner + 1
+        if torch.is_grad_enabled():  # computed again
+            seen = weakref.ref(output)
+            inner.register_hook(lambda _: there.append(seen() is not None))
+        return output
+
+    x = torch.ones(3, requires_grad=True)
+    _Recomputing(checkpoint)(run, x).sum().backward()
+    assert there == [False] and torch.equal(x.grad, torch.full((3,), 2.0))
 
 
 class Sharing(Stack):
