@@ -5,15 +5,20 @@ thousand tokens their launching takes the host longer than computing takes the c
 copy of its input is kept for backward. Here the same kernels run on the same numbers in the same order, so
 that losses and gradients are those of engine resident bit by bit; what dropout left of an input is made again
 in backward from the input, which neighbours share, and the mask.
+
+One thing differs: where a model calls a linear twice in a pass (Gemma 3n's router of modalities), autocast
+has peft add the two gradients of an adapter in 16 bits; here they are added in the adapter's own dtype.
 """
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import Any
 
 import torch
 from peft.tuners.lora import layer as peft_layers
 from torch import nn
+from torch.autograd.function import once_differentiable
 
 try:
     from peft.tuners.lora import bnb as peft_bnb
@@ -45,6 +50,7 @@ class LowRankUpdate(torch.autograd.Function):
         return output
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, gradient: torch.Tensor) -> Any:
         """Of base, x, A and B."""
         x, mask, low, a, b = ctx.saved_tensors
@@ -52,10 +58,10 @@ class LowRankUpdate(torch.autograd.Function):
         of_b = scaled.t().mm(low)
         of_low = scaled.mm(b)
         del scaled
-        of_a = of_low.t().mm(_rows(_masked(x, mask, ctx.dropout)))
+        of_a = of_low.t().mm(_rows(_masked(x, mask, _scale_of_kept(ctx.dropout))))
         of_x = None
         if ctx.needs_input_grad[1]:
-            of_x = _masked(of_low.mm(a).view(x.shape), mask, ctx.dropout)
+            of_x = _masked(of_low.mm(a).view(x.shape), mask, 1 / (1 - ctx.dropout))
         of_base = gradient if ctx.needs_input_grad[0] else None
         return of_base, of_x, of_a.to(ctx.trained), of_b.to(ctx.trained), None, None, None
 
@@ -76,7 +82,8 @@ def updated(
     low = _rows(kept.to(x.dtype)).mm(a.t())
     del kept
     update = low.mm(b.t()).mul_(scaling).add_(_rows(base))
-    return update.view(base.shape), mask, low, a, b
+    # autograd forbids writing into a Function's result where that is a view, and models do (Gemma 3n)
+    return torch.ops.aten._unsafe_view(update, base.shape), mask, low, a, b
 
 
 def _rows(x: torch.Tensor) -> torch.Tensor:
@@ -92,12 +99,20 @@ def _drop(x: torch.Tensor, share: float) -> tuple[torch.Tensor, torch.Tensor]:
     return x * mask, mask
 
 
-def _masked(x: torch.Tensor, mask: torch.Tensor | None, share: float) -> torch.Tensor:
-    """`x` where the mask lets it through, scaled up, in the dtype of `x`."""
+@lru_cache
+def _scale_of_kept(share: float) -> float:
+    """What a card's dropout multiplies by: forward rounds the share that stays to float32, backward does not
+    (aten/src/ATen/native/cuda/Dropout.cu). With a share of 0.04 that shows in bfloat16."""
+    stays = torch.tensor(1 - share, dtype=torch.float32).item()
+    return torch.tensor(1 / stays, dtype=torch.float32).item()
+
+
+def _masked(x: torch.Tensor, mask: torch.Tensor | None, scale: float) -> torch.Tensor:
+    """`x` where the mask lets it through, times `scale`, in the dtype of `x`. Masks of the CPU are scaled."""
     if mask is None:
         return x
     if x.is_cuda:
-        return torch.ops.aten.native_dropout_backward(x, mask, 1 / (1 - share))
+        return torch.ops.aten.native_dropout_backward(x, mask, scale)
     return (x.to(mask.dtype) * mask).to(x.dtype)
 
 
@@ -118,6 +133,8 @@ class _Joined:
         ):
             return super().forward(x, *args, **kwargs)  # type: ignore[misc, no-any-return]
         name = adapters[0]
+        if name not in self.lora_A or name in self.lora_variant:  # of an adapter that came later
+            return super().forward(x)  # type: ignore[misc, no-any-return]
         a, b = self.lora_A[name].weight, self.lora_B[name].weight
         device = x.device.type
         autocast = torch.is_autocast_enabled(device)
@@ -163,6 +180,15 @@ def join_adapters(model: nn.Module) -> int:
             module.__class__ = kind
             joined += 1
     return joined
+
+
+def part_adapters(model: nn.Module) -> None:
+    """Undo `join_adapters`: whoever merges, pickles or shows `model` meets peft's own classes."""
+    kinds = {joined: kind for kind, joined in _KINDS.items()}
+    for module in model.modules():
+        kind = kinds.get(type(module))
+        if kind is not None:
+            module.__class__ = kind
 
 
 def _is_plain(module: Any) -> bool:

@@ -3,8 +3,9 @@ first and goes through it at once.
 
 torch's checkpointing without reentrance (torch/utils/checkpoint.py) notes every saved tensor in Python, four
 times a step; its reentrant kind does not, but keeps a layer's output through the layer's backward, and loses
-gradients of what reaches a layer by keyword. Here nothing holds the output, and a call with such gradients
-goes to the checkpointing that was there.
+gradients of whatever comes into a layer or leaves it past its arguments and its result. Here nothing holds
+the output, and calls where that may be go to the checkpointing that was there: with keywords that have
+gradients, with containers that layers share (Gemma 3n's keys and values), with losses of routers.
 """
 
 from __future__ import annotations
@@ -27,6 +28,8 @@ class _Recomputed(CheckpointFunction):
     @staticmethod
     def backward(ctx: Any, *gradients: Any) -> Any:
         """Gradients of the arguments that have any."""
+        if not torch.autograd._is_checkpoint_valid():
+            raise RuntimeError("a layer that is computed again has no gradients for torch.autograd.grad")
         inputs, saved = list(ctx.inputs), ctx.saved_tensors
         for at, tensor in zip(ctx.tensor_indices, saved, strict=True):
             inputs[at] = tensor
@@ -65,16 +68,29 @@ class _Recomputing:
         self.stock = stock
 
     def __call__(self, function: Any, *args: Any, **kwargs: Any) -> Any:
-        by_keyword = [*getattr(function, "keywords", {}).values(), *kwargs.values()]
-        if kwargs or not any(map(_has_gradient, args)) or any(map(_has_gradient, by_keyword)):
+        tensors = [value for value in args if isinstance(value, torch.Tensor)]
+        unseen = [value for value in args if not isinstance(value, torch.Tensor)]
+        unseen += getattr(function, "keywords", {}).values()  # where transformers puts a layer's keywords
+        if kwargs or not any(t.requires_grad for t in tensors) or any(map(_may_carry_gradients, unseen)):
             return self.stock(function, *args, **kwargs)
         return _Recomputed.apply(function, True, *args)
 
 
-def _has_gradient(value: Any) -> bool:
+def _may_carry_gradients(value: Any) -> bool:
+    """May gradients come into a layer by `value`, or leave it? Of what is no tensor that is known only where
+    nothing can be put into it."""
+    if isinstance(value, torch.Tensor):
+        return value.requires_grad
     if isinstance(value, (tuple, list)):
-        return any(map(_has_gradient, value))
-    return isinstance(value, torch.Tensor) and value.requires_grad
+        return any(map(_may_carry_gradients, value))
+    return not (value is None or isinstance(value, (bool, int, float, str, torch.dtype)))
+
+
+def _routers_have_a_loss(model: nn.Module) -> bool:
+    """Does the loss read what routers say within layers? transformers takes it there by hooks."""
+    config = getattr(model, "config", None)
+    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    return bool(getattr(text, "output_router_logits", False))
 
 
 @contextmanager
@@ -84,6 +100,8 @@ def recomputing(model: nn.Module) -> Iterator[None]:
     stack = find_stack(model)
 
     def begin(*_: Any) -> None:
+        if _routers_have_a_loss(model):
+            return
         for layer in stack.layers:
             stock: Any = getattr(layer, "_gradient_checkpointing_func", None)
             if stock is not None and not hasattr(stock, "stock"):  # neither this nor offloading's

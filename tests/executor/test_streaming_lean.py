@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import itertools
+import weakref
+from collections import UserDict
+from functools import partial
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,7 +20,7 @@ from torch import nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.checkpoint import checkpoint
 
-from executor.streaming.adapters import LowRankUpdate, join_adapters
+from executor.streaming.adapters import LowRankUpdate, _drop, _masked, _scale_of_kept, join_adapters
 from executor.streaming.recompute import _Recomputing, recomputing
 from executor.streaming.training import lean
 
@@ -100,6 +104,60 @@ def test_whatever_is_no_plain_training_is_left_to_peft(monkeypatch: pytest.Monke
     assert torch.equal(*outputs)
 
 
+@pytest.mark.parametrize("share", [0.04, 0.05, 0.15, 0.52])
+def test_what_dropout_left_is_made_again_bit_by_bit(share: float) -> None:
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    for dtype in (torch.bfloat16, torch.float16, torch.float32):
+        x = torch.randn(64, 512, device=device).to(dtype)
+        kept, mask = _drop(x, share)
+        assert torch.equal(_masked(x, mask, _scale_of_kept(share)), kept)
+
+
+@pytest.mark.parametrize(("share", "bits"), [(0.04, 0x3F855556), (0.05, 0x3F86BCA2)])
+def test_the_scale_is_that_of_a_cards_dropout(share: float, bits: int) -> None:
+    found = torch.tensor(_scale_of_kept(share)).view(torch.int32).item()
+    assert found == bits
+
+
+def test_an_update_may_be_written_into() -> None:
+    """As Gemma 3n does with what its linears say."""
+    x = torch.randn(2, 7, HIDDEN, dtype=torch.bfloat16, requires_grad=True)
+    found = []
+    for joined in (True, False):
+        linear = adapted(joined, lora_dropout=0.0).base_model.model.left
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            linear(x).clamp_(-0.5, 0.5).sum().backward()
+        found.append([linear.lora_A["default"].weight.grad, linear.lora_B["default"].weight.grad])
+    assert same(*found)
+
+
+@pytest.mark.parametrize("later", [{}, {"use_dora": True}])
+def test_an_adapter_that_came_later_is_left_to_peft(later: dict[str, Any]) -> None:
+    """It may have left a linear out, or be another kind of update."""
+    outputs = []
+    for joined in (True, False):
+        model = adapted(joined, dtype=torch.float32, lora_dropout=0.0)
+        torch.manual_seed(8)
+        model.add_adapter("later", LoraConfig(r=2, target_modules=["left"], init_lora_weights=False, **later))
+        model.set_adapter("later")
+        for magnitude in model.base_model.model.left.lora_magnitude_vector.values():
+            magnitude.weight.data *= 1.5  # DoRA begins as LoRA
+        outputs.append(model.train()(torch.ones(3, HIDDEN)))
+    assert torch.equal(*outputs)
+
+
+def test_peft_has_its_classes_back_afterwards() -> None:
+    model = adapted(False)
+    before = {name: type(module) for name, module in model.named_modules()}
+    model.get_base_model = Stack
+    with lean(model):
+        assert {name for name, m in model.named_modules() if type(m) is not before[name]} == {
+            "base_model.model.left",
+            "base_model.model.right",
+        }
+    assert {name: type(module) for name, module in model.named_modules()} == before
+
+
 @pytest.mark.parametrize("config", [{"use_dora": True}, {"lora_bias": True, "lora_dropout": 0.0}])
 def test_other_adapters_are_not_joined(config: dict[str, Any]) -> None:
     assert join_adapters(adapted(False, **config)) == 0
@@ -147,8 +205,6 @@ class Layer(nn.Module):
 
         if self._gradient_checkpointing_func is None:
             return run(x, beside)
-        from functools import partial
-
         return self._gradient_checkpointing_func(partial(run, beside=beside), x)  # type: ignore[no-any-return]
 
 
@@ -163,10 +219,10 @@ class Stack(nn.Module):
         return x
 
 
-def passes(how: str, keyword: bool) -> tuple[list[torch.Tensor], int]:
+def passes(how: str, keyword: bool, kind: type[Stack] = Stack) -> tuple[list[torch.Tensor], int]:
     """Output and gradients of two passes, and how many layers were recomputed as this project does."""
     torch.manual_seed(5)
-    model = Stack()
+    model = kind()
     if how != "recorded":
         for layer in model.layers:
             layer._gradient_checkpointing_func = lambda run, *args: checkpoint(
@@ -208,6 +264,62 @@ def test_layers_computed_again_have_the_bits_of_recorded_ones(keyword: bool) -> 
     got, ours = passes("ours", keyword)
     assert same(got, passes("recorded", keyword)[0])
     assert ours == (0 if keyword else 6)
+
+
+def test_a_layers_output_is_let_go_before_its_backward() -> None:
+    there: list[bool] = []
+
+    def run(x: torch.Tensor) -> torch.Tensor:
+        inner = x * 2
+        output = inner + 1
+        if torch.is_grad_enabled():  # computed again
+            seen = weakref.ref(output)
+            inner.register_hook(lambda _: there.append(seen() is not None))
+        return output
+
+    x = torch.ones(3, requires_grad=True)
+    _Recomputing(checkpoint)(run, x).sum().backward()
+    assert there == [False] and torch.equal(x.grad, torch.full((3,), 2.0))
+
+
+class Sharing(Stack):
+    """Later layers read what the first has put into a container, as Gemma 3n shares keys and values."""
+
+    def forward(self, x: torch.Tensor, beside: Any = None) -> torch.Tensor:
+        shared: UserDict[str, torch.Tensor] = UserDict()
+        for layer in self.layers:
+            run = partial(self.run, layer, shared=shared)
+            checkpointed = layer._gradient_checkpointing_func
+            x = run(x) if checkpointed is None else checkpointed(run, x)
+        return x
+
+    @staticmethod
+    def run(layer: Layer, x: torch.Tensor, shared: Any) -> torch.Tensor:
+        inner = torch.tanh(layer.inner(x))
+        return x + inner * shared.setdefault("first", inner)
+
+
+class Routed(Stack):
+    """Something within a layer takes part in the loss: transformers' hooks bring it there."""
+
+    config = SimpleNamespace(output_router_logits=True)
+
+    def forward(self, x: torch.Tensor, beside: Any = None) -> torch.Tensor:
+        seen: list[torch.Tensor] = []
+        hooks = [
+            layer.inner.register_forward_hook(lambda _m, _a, out: seen.append(out)) for layer in self.layers
+        ]
+        x = super().forward(x)
+        for hook in hooks:
+            hook.remove()
+        return x * torch.stack(seen).square().mean()
+
+
+@pytest.mark.parametrize("kind", [Sharing, Routed])
+def test_gradients_past_arguments_and_results_are_kept(kind: type[Stack]) -> None:
+    got, ours = passes("ours", False, kind)
+    assert same(got, passes("recorded", False, kind)[0])
+    assert ours == 0
 
 
 def test_nothing_is_left_behind() -> None:
