@@ -95,8 +95,8 @@ IN_FLIGHT = 2
 """Checkpoints on the card at once while the others are in RAM: the one in use and the one on its way. Those
 of the last layers never leave (`executor/activation_offload.py`)."""
 LATE = 2
-"""Engine stream hands them over when their layer has run, so that in forward so many more are there (measured:
-Llama-3.1-8B, Qwen2.5-7B and 14B, benchmarks/streaming/results.jsonl)."""
+"""Engine stream hands them over when their layer has run, so that in forward so many more are there
+(measured: Llama-3.1-8B, Qwen2.5-7B and 14B, benchmarks/streaming/results.jsonl)."""
 
 
 def _stream(arch: Architecture, p: Pass) -> int:
