@@ -54,7 +54,7 @@ def layer_cost(layer: Layer, p: Pass, hidden: int, first: bool = False) -> Layer
     x = Tensor(n, needs_grad=p.train, width=p.stream)
     out = run_layer(plain, p, x, layer)
     forward_peak, output, width = plain.peak, out.bytes, out.width
-    leaked = 0 if p.streams else _pinned(plain, x)  # engine stream's forward makes no node to hold a ctx
+    leaked = 0 if p.at_once else _pinned(plain, x)  # engine stream's forward makes no node to hold a ctx
     if not p.train:
         return LayerCost(forward_peak, output, 0, 0, forward_peak, 0, 0, 0, width)
 
@@ -146,10 +146,10 @@ def _walk_back(tape: Tape, out: Tensor, grad: Tensor) -> int:
 
 def _recompute_peak(layer: Layer, p: Pass, n: int, output: int, saving_ops: int) -> int:
     """Backward of a checkpointed layer, from an input of `n` bytes and a gradient of `output`."""
-    tape = Tape(stop_after=None if p.streams else saving_ops)
+    tape = Tape(stop_after=None if p.at_once else saving_ops)
     x = Tensor(n, needs_grad=True, width=p.stream)
     grad = tape.new(output)
-    if p.streams:  # who computes the layer again holds it to the end, and begins backward afterwards
+    if p.at_once:  # who computes the layer again holds it to the end, and begins backward afterwards
         tape.hold(grad)
     out = run_layer(tape, p, x, layer)
     forward = tape.peak
@@ -159,7 +159,7 @@ def _recompute_peak(layer: Layer, p: Pass, n: int, output: int, saving_ops: int)
     tape.mark()
     # backward of what follows the last saved tensor runs first; its gradients wait through recomputation
     waiting = tape.backward(out)
-    return max(forward if p.streams else forward + waiting, tape.peak)
+    return max(forward if p.at_once else forward + waiting, tape.peak)
 
 
 def run_layer(tape: Tape, p: Pass, x: Tensor, layer: Layer) -> Tensor:

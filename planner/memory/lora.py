@@ -63,7 +63,7 @@ def lora(tape: Tape, p: Pass, x: Tensor, base: Tensor, spec: Linear, t: int) -> 
 
 def is_joined(p: Pass, x: Tensor, base: Tensor) -> bool:
     """Does engine stream compute this adapter as one node (`executor/streaming/adapters.py`)?"""
-    return p.streams and p.train and p.autocast and not p.dora and x.width == p.width == base.width
+    return p.joined and p.train and p.autocast and not p.dora and x.width == p.width == base.width
 
 
 def joined_lora(tape: Tape, p: Pass, x: Tensor, base: Tensor, spec: Linear, t: int) -> Tensor:

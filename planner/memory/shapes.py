@@ -47,9 +47,11 @@ class Pass(Struct, frozen=True, kw_only=True):
     dropout: float = 0.05
     adapter_width: int = 4
     dora: bool = False
-    streams: bool = False
-    """Engine stream trains: an adapter is one node of autograd, and a layer is computed again before anything
-    of its backward."""
+    joined: bool = False
+    """An adapter is one node of autograd, as engine stream trains it."""
+    at_once: bool = False
+    """Under checkpointing, a layer is computed again before anything of its backward, as engine stream has
+    it."""
     liger: bool = False
     liger_head_norms: bool = False
     """liger's kernels are also in the norms of queries and keys of a model that is there already."""

@@ -47,11 +47,18 @@ def training_pass(arch: Architecture, work: Workload, how: Strategy) -> Pass:
         dropout=work.lora_dropout,
         adapter_width=WIDTH[work.adapter_dtype],
         dora=work.lora_variant == "dora",
-        streams=how.engine == "stream",
+        joined=how.engine == "stream",
+        at_once=how.engine == "stream" and not _shares_keys(arch),
         liger=how.kernels == "liger",
         attention=how.attention,
         **habits(arch.model_type, True),
     )
+
+
+def _shares_keys(arch: Architecture) -> bool:
+    """Do layers hand keys and values on to others? Such models keep torch's own checkpointing
+    (`executor/streaming/recompute.py`)."""
+    return any(layer.attention.shares_kv for layer in arch.kinds)
 
 
 @lru_cache(maxsize=1024)
@@ -106,8 +113,7 @@ def _stream(arch: Architecture, p: Pass) -> int:
 def _cached_adapters(arch: Architecture, work: Workload, p: Pass) -> int:
     """autocast's 16-bit copies of float32 adapter weights, alive until the forward pass is left; engine
     stream's adapters make theirs for one pass of one layer."""
-    joined = p.streams and not p.dora
-    if joined or not (p.autocast and p.adapters and p.adapter_width != p.width):
+    if (p.joined and not p.dora) or not (p.autocast and p.adapters and p.adapter_width != p.width):
         return 0
     return adapter_parameters(arch, work) * p.width
 
@@ -138,7 +144,7 @@ def _checkpointed(
     waiting = line("gradients", fixed.accumulated, ACCUMULATED)
     cached = line("autocast copies", _cached_adapters(arch, work, p), "16-bit adapters until forward is left")
     at = max(range(arch.layers), key=lambda i: alive[i + 1] + costs[i].forward_peak)
-    handed_late = LATE if p.streams and offload and arch.layers > IN_FLIGHT + LATE else 0
+    handed_late = LATE if p.at_once and offload and arch.layers > IN_FLIGHT + LATE else 0
     so_far = line("checkpoints", alive[at + 1] + handed_late * layers.inputs[at], inputs.formula)
     work_there = _working(costs[at].forward_peak)
     shots = [

@@ -43,7 +43,7 @@ def test_a_joined_adapter_keeps_no_copy_of_its_input(quant: str, dropout: float)
     """With dropout, a mask of a byte an element; the 16-bit copies of A and B and the product of rank r are
     what both keep."""
     p = Pass(
-        batch=1, seq=T, train=True, autocast=True, quant=quant, adapters=True, dropout=dropout, streams=True
+        batch=1, seq=T, train=True, autocast=True, quant=quant, adapters=True, dropout=dropout, joined=True
     )
     ours, pefts = one_pass(p, True), one_pass(p, False)
     small = (K + N + T) * p.rank * p.width
@@ -70,7 +70,7 @@ def test_a_streamed_layer_never_takes_more(name: str, quant: str) -> None:
     arch = architecture(load_model(name).config)
     how = Strategy(dtype="bf16", quant=quant, gradient_checkpointing=True)
     p = training_pass(arch, WORK, replace(how, engine="stream"))
-    stock = replace(p, streams=False)
+    stock = replace(p, joined=False, at_once=False)
     for layer in arch.kinds:
         ours, pefts = (layer_cost(layer, each, arch.hidden_size) for each in (p, stock))
         assert ours.recompute_peak < pefts.recompute_peak and ours.gradients == pefts.gradients
@@ -93,3 +93,9 @@ def test_checkpoints_leave_when_their_layer_has_run() -> None:
     assert stock["checkpoints"] == IN_FLIGHT * stream
     assert ours["checkpoints"] == (IN_FLIGHT + LATE) * stream
     assert "autocast copies" not in ours or ours["autocast copies"] == 0 < stock["autocast copies"]
+
+
+def test_layers_that_share_keys_keep_torchs_checkpointing() -> None:
+    arch = architecture(load_model("gemma-3n-e4b-it").config)
+    p = training_pass(arch, WORK, Strategy(dtype="bf16", engine="stream", gradient_checkpointing=True))
+    assert p.joined and not p.at_once
