@@ -20,7 +20,7 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from executor.errors import CannotHonour
 from executor.streaming.arena import Arena
-from executor.streaming.layers import find_stack
+from executor.streaming.layers import find_stack, put_checkpointing_back
 from executor.streaming.link import open_link
 from planner.memory.tape import rounded
 from planner.memory.train import IN_FLIGHT
@@ -208,10 +208,7 @@ def offloading(model: Any, tokens: int, device: torch.device) -> Iterator[Checkp
         yield pool
     finally:
         hook.remove()
-        for layer in stack.layers:
-            wrapped = getattr(layer, "_gradient_checkpointing_func", None)
-            if isinstance(wrapped, _Offloaded):
-                layer._gradient_checkpointing_func = wrapped.stock  # type: ignore[assignment]
+        put_checkpointing_back(stack.layers, _Offloaded)
         pool.close()
 
 

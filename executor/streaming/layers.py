@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -54,6 +55,14 @@ def find_stack(model: Any) -> Stack:
     name = sizes.most_common(1)[0][0]
     owner = model.get_submodule(name.rpartition(".")[0])
     return Stack(name, owner, tuple(lists[name]))
+
+
+def put_checkpointing_back(layers: Sequence[nn.Module], wrapper: type) -> None:
+    """Where a layer's checkpointing function is a `wrapper`, have it be the `stock` one in it again."""
+    for layer in layers:
+        wrapped = getattr(layer, "_gradient_checkpointing_func", None)
+        if isinstance(wrapped, wrapper):
+            layer._gradient_checkpointing_func = wrapped.stock  # type: ignore[attr-defined, assignment]
 
 
 def tied_names(model: Any) -> frozenset[str]:

@@ -19,7 +19,7 @@ from torch import nn
 from torch.autograd.graph import get_gradient_edge
 from torch.utils.checkpoint import CheckpointFunction, detach_variable, set_device_states
 
-from executor.streaming.layers import find_stack
+from executor.streaming.layers import find_stack, put_checkpointing_back
 
 
 class _Recomputed(CheckpointFunction):
@@ -112,7 +112,4 @@ def recomputing(model: nn.Module) -> Iterator[None]:
         yield
     finally:
         hook.remove()
-        for layer in stack.layers:
-            wrapped = getattr(layer, "_gradient_checkpointing_func", None)
-            if isinstance(wrapped, _Recomputing):
-                layer._gradient_checkpointing_func = wrapped.stock  # type: ignore[assignment]
+        put_checkpointing_back(stack.layers, _Recomputing)

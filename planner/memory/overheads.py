@@ -152,9 +152,10 @@ class Idle(Struct, frozen=True):
 
 _LARGEST = 0.08
 _IDLE = Idle(1.0, 2 * MIB, 0), Idle(1.1, 10 * MIB, 40 * MIB)
-"""Typical and high. Eight plans on an H200 reserved 0.9 to 1.1 such blocks above their peak with checkpoints
-in RAM, the same in every run, and 1 to 5 MiB more a checkpoint on the card; under caps of 0.6 to 0.9 blocks
-above it an 8B ran out of memory, a 7B with 0.7 did not (benchmarks/streaming)."""
+"""Typical and high. Seven plans on an H200 reserved 0.9 to 1.1 such blocks above their measured peak with
+checkpoints in RAM, and 1 to 5 MiB more a checkpoint on the card. Under caps of 0.3 to 0.8 blocks above it an
+8B ran out of memory, a 7B with less than 0.5; with 0.7 the 7B did not (benchmarks/streaming, `results.jsonl`
+and `caps.jsonl`)."""
 _APART = 0.5
 """Of the difference between the played run's allocated peak and the estimate's, left open above."""
 

@@ -99,3 +99,18 @@ def test_layers_that_share_keys_keep_torchs_checkpointing() -> None:
     arch = architecture(load_model("gemma-3n-e4b-it").config)
     p = training_pass(arch, WORK, Strategy(dtype="bf16", engine="stream", gradient_checkpointing=True))
     assert p.joined and not p.at_once
+
+
+@pytest.mark.parametrize(
+    ("name", "method", "batch", "less"), [("llama-3-70b", "qlora", 4, 0.12), ("qwen2.5-14b", "lora", 4, 0.19)]
+)
+def test_layers_take_less_by_what_the_changelog_says(name: str, method: str, batch: int, less: float) -> None:
+    arch = architecture(load_model(name).config)
+    work = Workload(task="train", method=method, seq_len=1024, batch_size=batch)
+    how = Strategy(dtype="bf16", quant="nf4" if method == "qlora" else "none", engine="stream")
+    p = training_pass(arch, work, how)
+    ours, pefts = (
+        layer_cost(arch.kinds[0], each, arch.hidden_size).recompute_peak
+        for each in (p, replace(p, joined=False, at_once=False))
+    )
+    assert 1 - ours / pefts == pytest.approx(less, abs=0.005)
